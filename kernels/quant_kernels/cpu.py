@@ -1,0 +1,81 @@
+"""CPU backend: Python bindings of libquant_cpu.so (csrc/include/quant_cpu.h)."""
+
+import ctypes
+import functools
+
+import torch
+from torch import Tensor
+
+from quant_kernels import native
+
+ABI = 1
+CODES_PER_WORD = 8
+
+
+def available() -> bool:
+    """Whether the library is there and can be used."""
+    return why_unavailable() is None
+
+
+def why_unavailable() -> str | None:
+    """Why the library cannot be used and what to do about it; None where it can."""
+    try:
+        _library()
+    except native.LibraryMissing as error:
+        return str(error)
+    return None
+
+
+def unpack_int4(packed: Tensor, columns: int) -> Tensor:
+    """INT4 codes out of the compressed-tensors "pack-quantized" layout.
+
+        codes[n, k] = ((packed[n, k // 8] >> 4 (k mod 8)) & 15) - 8        in -8..7
+
+    Args:
+        packed: int32 [N, W] on the CPU, contiguous.
+        columns: number of codes in a row, 0 <= columns <= 8 W; nibbles beyond it are padding.
+
+    Returns:
+        int8 [N, columns], contiguous.
+
+    Raises:
+        ValueError: `packed` or `columns` is not as described.
+        LibraryMissing: libquant_cpu.so was not built.
+    """
+    found = f"{packed.dtype} {list(packed.shape)} on {packed.device}"
+    if packed.device.type != "cpu" or packed.dtype != torch.int32 or packed.dim() != 2:
+        raise ValueError(f"unpack_int4: packed must be int32 [N, W] on the CPU, not {found}")
+    if not packed.is_contiguous():
+        raise ValueError(
+            f"unpack_int4: packed must be contiguous, but {found} has strides {packed.stride()}"
+        )
+    rows, words = packed.shape
+    if not 0 <= columns <= CODES_PER_WORD * words:
+        raise ValueError(
+            f"unpack_int4: columns = {columns} is outside 0..{CODES_PER_WORD * words}, "
+            f"what packed {list(packed.shape)} holds in a row"
+        )
+    library = _library()
+    codes = torch.empty(rows, columns, dtype=torch.int8)
+    status = library.quant_cpu_unpack_int4(
+        packed.data_ptr(), rows, words, columns, codes.data_ptr()
+    )
+    if status:
+        reason = library.quant_cpu_error_string(status).decode()
+        raise RuntimeError(f"unpack_int4: {reason} (packed {found}, columns {columns})")
+    return codes
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    library = native.load("quant_cpu", ABI)
+    library.quant_cpu_error_string.argtypes = [ctypes.c_int]
+    library.quant_cpu_error_string.restype = ctypes.c_char_p
+    library.quant_cpu_unpack_int4.argtypes = [
+        ctypes.c_void_p,  # packed
+        ctypes.c_int64,  # rows
+        ctypes.c_int64,  # words_per_row
+        ctypes.c_int64,  # columns
+        ctypes.c_void_p,  # codes
+    ]
+    return library

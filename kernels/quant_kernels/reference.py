@@ -1,0 +1,156 @@
+"""The definition of every op in plain torch. A backend is right when it agrees with this file.
+
+Notation: X [M, K] tokens, W^ [N, K] = P(q, t) * c (`formats.py`), Y = X W^T [M, N]. An activation
+is codes times one FP32 scale per token, so
+
+    Y[m, n] = a[m] * c[n] * sum_k xq[m, k] * P(q, t)[n, k]  (+ bias[n])
+
+with the sum in FP32 for FP8 codes and in INT32 for INT8 codes.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from quant_kernels.formats import (
+    E4M3_MAX,
+    INT8_MAX,
+    FormatError,
+    kernel_operand,
+)
+from quant_kernels.packing import CODES_PER_WORD, PackedWeight, unpack_int4
+
+_precision_lock = threading.RLock()
+
+
+def quantize_activation(x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """Per-token symmetric quantization of x [..., K] (any float dtype), computed in FP32.
+
+    kind "fp8":  a = max|x| / 448, codes = E4M3(x / a), torch.float8_e4m3fn.
+    kind "int8": a = max|x| / 127, codes = RNE(x / a) in [-127, 127], torch.int8.
+    Returns codes [..., K] and scales a [..., 1] FP32. A token of zeros gets scale 1.
+    """
+    if kind not in ("fp8", "int8"):
+        raise FormatError(f"activation type {kind!r} is unknown; known: fp8, int8")
+    limit = E4M3_MAX if kind == "fp8" else INT8_MAX
+    x = x.float()
+    scale = x.abs().amax(dim=-1, keepdim=True) / limit
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    y = (x / scale).clamp_(-limit, limit)
+    return (y.to(torch.float8_e4m3fn) if kind == "fp8" else y.round_().to(torch.int8)), scale
+
+
+def dequantize_activation(codes: Tensor, scale: Tensor) -> Tensor:
+    """codes [..., K], scale [..., 1] -> what the kernel sees of x, FP32."""
+    return codes.float() * scale
+
+
+def gemm_w4afp8(
+    x_codes: Tensor,
+    x_scale: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
+    """INT4 x FP8 GEMM.
+
+    x_codes [M, K] float8_e4m3fn, x_scale [M, 1] FP32; weight [N, K] as stored; bias [N]
+    -> [M, N] out_dtype. Accumulates in FP32.
+    """
+    _check("gemm_w4afp8", "w4afp8", torch.float8_e4m3fn, x_codes, x_scale, weight)
+    operand, c = kernel_operand(unpack_int4(weight.words), weight.scales, weight.fmt)
+    # E4M3 codes and lut operands are exact in BF16, so hardware BF16 products lose nothing.
+    exact_in_bf16 = weight.fmt.numerics == "lut" or weight.fmt.per_channel
+    with bf16_products(exact_in_bf16):
+        acc = x_codes.float() @ operand.T
+    return _epilogue(acc, x_scale, c, bias, out_dtype)
+
+
+def gemm_w4a8(
+    x_codes: Tensor,
+    x_scale: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
+    """INT4 x INT8 GEMM: as `gemm_w4afp8` with x_codes int8; INT32 accumulation over all of K."""
+    _check("gemm_w4a8", "w4a8", torch.int8, x_codes, x_scale, weight)
+    operand, c = kernel_operand(unpack_int4(weight.words), weight.scales, weight.fmt)
+    return _epilogue(int8_matmul(x_codes, operand), x_scale, c, bias, out_dtype)
+
+
+def gemm(
+    x_codes: Tensor,
+    x_scale: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
+    """The GEMM of the weight's scheme; arguments as `gemm_w4afp8`."""
+    op = gemm_w4afp8 if weight.fmt.scheme == "w4afp8" else gemm_w4a8
+    return op(x_codes, x_scale, weight, bias, out_dtype)
+
+
+def int8_matmul(x: Tensor, w: Tensor) -> Tensor:
+    """x [M, K] int8, w [N, K] with integer values in [-128, 127] -> exact x w^T [M, N], FP32.
+
+    The sum is an exact INT32 and is rounded to FP32 once, at the end, as an epilogue does.
+    """
+    if x.device.type == "cpu":
+        return torch._int_mm(x.contiguous(), w.to(torch.int8).T.contiguous()).float()
+    return (x.double() @ w.double().T).float()
+
+
+@contextmanager
+def bf16_products(enabled: bool = True) -> Iterator[None]:
+    """Let FP32 matmuls on a CPU multiply in BF16 (FP32 accumulation) where the hardware can.
+
+    Only for operands whose values are BF16 numbers: then the products are the same, and several
+    times faster with AMX or AVX512-BF16. A machine without them computes in FP32.
+    """
+    backend = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    with _precision_lock:
+        before = backend.fp32_precision
+        backend.fp32_precision = "bf16" if enabled else "ieee"
+        try:
+            yield
+        finally:
+            backend.fp32_precision = before
+
+
+def _epilogue(
+    acc: Tensor, x_scale: Tensor, c: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    y = acc * x_scale * c.T
+    if bias is not None:
+        y = y + bias.float()
+    return y.to(out_dtype)
+
+
+def _check(
+    op: str,
+    scheme: str,
+    code_dtype: torch.dtype,
+    x_codes: Tensor,
+    x_scale: Tensor,
+    weight: PackedWeight,
+) -> None:
+    words = weight.words
+    if weight.fmt.scheme != scheme:
+        raise FormatError(f"{op} takes {scheme} weights, got {weight.fmt}")
+    if x_codes.dtype != code_dtype:
+        raise FormatError(f"{op} takes {code_dtype} activation codes, got {x_codes.dtype}")
+    if x_codes.dim() != 2 or x_codes.shape[1] != words.shape[1] * CODES_PER_WORD:
+        raise FormatError(
+            f"{op}: x_codes {list(x_codes.shape)} and words {list(words.shape)} disagree on K"
+        )
+    if x_scale.shape != (x_codes.shape[0], 1):
+        raise FormatError(
+            f"{op}: x_codes {list(x_codes.shape)} need x_scale [{x_codes.shape[0]}, 1], "
+            f"got {list(x_scale.shape)}"
+        )

@@ -1,0 +1,1 @@
+"""How the numbers of a checkpoint are chosen: one pass a file."""

@@ -1,0 +1,183 @@
+"""Which scales: absmax, or a search for the least squared error on the format's true grid.
+
+Per output row n, with codes rounded to nearest on the grid that the scales span,
+
+    minimize over (c, t)   sum_k h[k] * (W[n, k] - W^[n, k])^2
+
+    "absmax"   no search: the range [-8, 7] just covers max|W| of the group (scale max|W| / 7.5)
+    "mse"      h = 1
+    "hessian"  h[k] = mean(x[k]^2), the activations' second moments: the diagonal of the Hessian
+
+A row's groups share the unit c, and one of them sits at the anchor (`formats.py`), so the search is
+nested: a few units around the one that the row's largest scale asks for, and for each of them every
+admissible t of every group.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from quant_kernels.formats import (
+    CODE_MAX,
+    CODE_MIN,
+    INT8_ANCHOR,
+    LUT_ANCHOR,
+    LUT_SCALE_MIN,
+    WeightFormat,
+    join_scales,
+    midpoints,
+    round_e4m3,
+    round_row_unit,
+)
+
+METHODS = ("absmax", "mse", "hessian")
+
+# A scale of max|W| / HALF_RANGE clips at most half a step at the negative end.
+HALF_RANGE = (CODE_MAX - CODE_MIN) / 2
+# Clipping below half of the range never pays for 4 bits.
+SMALLEST_SHRINK = 0.5
+# Largest scale tried, relative to absmax: covers max|W| with the positive end, code 7.
+LARGEST_SHRINK = 1.08
+FREE_STEPS = 24
+TINY = 1e-8
+ROWS_AT_ONCE = 1024
+E4M3_MANTISSAS = tuple(1 + i / 8 for i in range(8))
+
+
+def choose_scales(
+    weight: Tensor, fmt: WeightFormat, method: str, second_moments: Tensor | None = None
+) -> Tensor:
+    """Scales for weight [N, K]: stored scales [N, G] BF16, on fmt's grid.
+
+    second_moments [K]: mean(x[k]^2) over the calibration tokens; needed by method "hessian".
+    """
+    if method not in METHODS:
+        raise ValueError(f"scale search {method!r} is unknown; known: {', '.join(METHODS)}")
+    if method == "hessian" and second_moments is None:
+        raise ValueError("scale search 'hessian' needs the activations' second moments")
+    importance = torch.ones(weight.shape[1], device=weight.device)
+    if method == "hessian":
+        assert second_moments is not None
+        # A channel that calibration never excites still gets a say: 1e-3 of the mean.
+        importance = second_moments.float()
+        importance = importance + importance.mean().clamp_min(TINY) * 1e-3
+    rows = [
+        _choose(part.float(), importance, fmt, search=method != "absmax")
+        for part in weight.split(ROWS_AT_ONCE)
+    ]
+    return torch.cat(rows)
+
+
+def _choose(weight: Tensor, importance: Tensor, fmt: WeightFormat, search: bool) -> Tensor:
+    groups = fmt.groups(weight.shape[1])
+    w = weight.reshape(len(weight), groups, -1)  # [N, G, g]
+    h = importance.view(1, groups, -1)
+    full = (w.abs().amax(dim=-1) / HALF_RANGE).clamp_min(TINY)  # [N, G], the absmax scales
+    if fmt.anchor is None:
+        scales = _search_free(w, h, full) if search else full
+        one = torch.ones_like(full[:, :1])
+        return join_scales(scales, one)
+    if not search:
+        c = round_row_unit(full.amax(dim=1, keepdim=True) / fmt.anchor)
+        t = _nearest_group_scale(full / c, fmt)
+        t.scatter_(1, full.argmax(dim=1, keepdim=True), fmt.anchor)
+        return join_scales(t, c)
+    free = _search_free(w, h, full)
+    wish = round_row_unit(free.amax(dim=1, keepdim=True) / fmt.anchor)
+    best_error = torch.full_like(wish, torch.inf)
+    best_t, best_c = torch.zeros_like(full), torch.zeros_like(wish)
+    for step in (-1, 0, 1):
+        c = _neighbour_unit(wish, step)
+        t, error = _search_groups(w, h, c, full, fmt)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best_t, best_c = torch.where(better, t, best_t), torch.where(better, c, best_c)
+    return join_scales(best_t, best_c)
+
+
+def _search_free(w: Tensor, h: Tensor, full: Tensor) -> Tensor:
+    """Best scale [N, G] where any scale may be stored (BF16)."""
+    levels = torch.arange(CODE_MIN, CODE_MAX + 1, dtype=torch.float32, device=w.device)
+    best, best_error = full, torch.full_like(full, torch.inf)
+    for i in range(FREE_STEPS + 1):
+        shrink = SMALLEST_SHRINK + (LARGEST_SHRINK - SMALLEST_SHRINK) * i / FREE_STEPS
+        scale = (full * shrink).to(torch.bfloat16).float()
+        error = _squared_error(w, h, scale, levels)
+        best = torch.where(error < best_error, scale, best)
+        best_error = torch.minimum(error, best_error)
+    return best
+
+
+def _search_groups(
+    w: Tensor, h: Tensor, c: Tensor, full: Tensor, fmt: WeightFormat
+) -> tuple[Tensor, Tensor]:
+    """Best group scales for the row units c [N, 1]: t [N, G] and the rows' errors [N, 1]."""
+    candidates = _candidates(full / c, fmt)
+    anchor_error = _squared_error(w, h, c * candidates[0].power, candidates[0].levels)
+    best_t, best_error = candidates[0].t, anchor_error
+    for candidate in candidates[1:]:
+        error = _squared_error(w, h, c * candidate.power, candidate.levels)
+        best_t = torch.where(error < best_error, candidate.t, best_t)
+        best_error = torch.minimum(error, best_error)
+    # One group of every row has to sit at the anchor: the one that loses least by it.
+    regret = anchor_error - best_error
+    cheapest = regret.argmin(dim=1, keepdim=True)
+    best_t = best_t.scatter(1, cheapest, candidates[0].t[0, 0].item())
+    return best_t, best_error.sum(dim=1, keepdim=True) + regret.gather(1, cheapest)
+
+
+class _Candidate(NamedTuple):
+    """Group scales t [N, G] to try: their products are `levels` [16] times `power` [N, G]."""
+
+    t: Tensor
+    power: Tensor
+    levels: Tensor
+
+
+def _candidates(ideal: Tensor, fmt: WeightFormat) -> list[_Candidate]:
+    """The anchor, then every group scale worth trying; ideal [N, G] is the absmax scale over c.
+
+    int8: every integer. lut: every E4M3 mantissa, at the exponent that puts t within an octave
+    below the largest useful scale; products of one mantissa are the same up to a power of two.
+    """
+    codes = torch.arange(CODE_MIN, CODE_MAX + 1, dtype=torch.float32, device=ideal.device)
+    if fmt.numerics == "int8":
+        every = [torch.full_like(ideal, t) for t in range(int(INT8_ANCHOR), 0, -1)]
+        return [_Candidate(t, t, codes) for t in every]
+    anchor = torch.full_like(ideal, LUT_ANCHOR)
+    candidates = [_Candidate(anchor, anchor / 1.75, round_e4m3(codes * 1.75))]
+    for mantissa in E4M3_MANTISSAS:
+        power = torch.exp2(torch.log2(ideal * LARGEST_SHRINK / mantissa).floor())
+        largest = 2.0 ** math.floor(math.log2(LUT_ANCHOR / mantissa))
+        power = power.clamp(LUT_SCALE_MIN, largest)
+        candidates.append(_Candidate(mantissa * power, power, round_e4m3(codes * mantissa)))
+    return candidates
+
+
+def _squared_error(w: Tensor, h: Tensor, unit: Tensor, levels: Tensor) -> Tensor:
+    """sum h (w - nearest level * unit)^2 by group: w [N, G, g], unit [N, G], levels [16]."""
+    y = w / unit.unsqueeze(-1)
+    step = levels[1:] - levels[:-1]
+    if bool((step == step[0]).all()):  # a uniform grid: rounding finds the nearest level
+        nearest = (y / step[0]).round_().clamp_(CODE_MIN, CODE_MAX).mul_(step[0])
+    else:
+        nearest = levels[torch.bucketize(y, midpoints(levels))]
+    return (y.sub_(nearest).square_().mul_(h)).sum(dim=-1) * unit.square()
+
+
+def _nearest_group_scale(ratio: Tensor, fmt: WeightFormat) -> Tensor:
+    assert fmt.anchor is not None
+    if fmt.numerics == "int8":
+        return ratio.round().clamp(1, fmt.anchor)
+    return ratio.clamp(LUT_SCALE_MIN, fmt.anchor).to(torch.float8_e4m3fn).float()
+
+
+def _neighbour_unit(c: Tensor, steps: int) -> Tensor:
+    """The row unit `steps` places further on the four-bit grid."""
+    mantissa, exponent = torch.frexp(c)
+    moved = torch.ldexp(mantissa + steps / 16, exponent)
+    return round_row_unit(moved)

@@ -1,0 +1,263 @@
+"""What to do: a recipe is a scheme, calibration data, and an ordered list of passes.
+
+A recipe is strict YAML: an unknown key, a wrong type or a value out of range is a RequestError that
+names the file, the key and the nearest valid one. Presets are the files of `recipes/`.
+
+    scheme: w4afp8              # w4afp8 | w4a8
+    group_size: 128             # 32 | 64 | 128 | -1 (per output channel)
+    numerics: lut               # w4afp8: lut | exact; w4a8: int8
+    ignore: []                  # more modules to leave alone: names, or re:<regex>
+    calibration: {dataset: builtin, num_samples: 128, max_seq_length: 2048, seed: 0}
+    passes:
+      - compensate: {scales: hessian, damping: 0.01, act_order: true, block_size: 128}
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from quant.errors import RequestError
+from quant_kernels.formats import NUMERICS, FormatError, WeightFormat
+
+SCALE_SEARCHES = ("absmax", "mse", "hessian")
+DEFAULT_PRESET = "gptq"
+
+
+@dataclass(frozen=True)
+class RoundPass:
+    """Round to nearest on the format's true grid (RTN): the baseline."""
+
+    scales: str = "absmax"
+
+    def check(self) -> None:
+        _one_of("scales", self.scales, SCALE_SEARCHES)
+
+
+@dataclass(frozen=True)
+class CompensatePass:
+    """Hessian compensation (GPTQ) on the format's true grid; see `calibration/compensation.py`."""
+
+    scales: str = "hessian"
+    damping: float = 0.01
+    act_order: bool = True
+    block_size: int = 128
+
+    def check(self) -> None:
+        _one_of("scales", self.scales, SCALE_SEARCHES)
+        _require(0 < self.damping <= 1, f"damping is {self.damping}; it must be in (0, 1]")
+        _require(self.block_size > 0, f"block_size is {self.block_size}; it must be positive")
+
+
+Pass = RoundPass | CompensatePass
+PASSES: dict[str, type[RoundPass] | type[CompensatePass]] = {
+    "round": RoundPass,
+    "compensate": CompensatePass,
+}
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Which tokens the passes see: num_samples windows of max_seq_length tokens each."""
+
+    dataset: str = "builtin"
+    num_samples: int = 128
+    max_seq_length: int = 2048
+    seed: int = 0
+
+    def check(self) -> None:
+        _require(bool(self.dataset), "dataset is empty")
+        _require(self.num_samples > 0, f"num_samples is {self.num_samples}; it must be positive")
+        _require(
+            self.max_seq_length > 1,
+            f"max_seq_length is {self.max_seq_length}; it must be at least 2",
+        )
+        _require(self.seed >= 0, f"seed is {self.seed}; it must not be negative")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    scheme: str = "w4afp8"
+    group_size: int = 128
+    numerics: str = ""  # empty: the scheme's first
+    ignore: tuple[str, ...] = ()
+    calibration: Calibration = field(default_factory=Calibration)
+    passes: tuple[Pass, ...] = (CompensatePass(),)
+
+    def check(self) -> None:
+        _one_of("scheme", self.scheme, tuple(NUMERICS))
+        self.calibration.check()
+        _require(
+            len(self.passes) == 1, f"{len(self.passes)} passes; exactly one rounds the weights"
+        )
+        for step in self.passes:
+            step.check()
+        try:
+            _ = self.weight_format
+        except FormatError as error:
+            raise RequestError(str(error)) from error
+
+    @property
+    def weight_format(self) -> WeightFormat:
+        numerics = self.numerics or NUMERICS[self.scheme][0]
+        return WeightFormat(self.scheme, self.group_size, numerics)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as plain data: `load_recipe` of its YAML gives the same recipe."""
+        return {
+            "scheme": self.scheme,
+            "group_size": self.group_size,
+            "numerics": self.weight_format.numerics,
+            "ignore": list(self.ignore),
+            "calibration": dataclasses.asdict(self.calibration),
+            "passes": [{_pass_name(step): dataclasses.asdict(step)} for step in self.passes],
+        }
+
+    def override(self, **changes: Any) -> Recipe:
+        """The recipe with some values replaced; None keeps what is there.
+
+        Keys are Recipe's and Calibration's fields. Changing the scheme resets the numerics.
+        """
+        given = {key: value for key, value in changes.items() if value is not None}
+        names = {f.name for f in dataclasses.fields(Calibration)}
+        calibration = {key: value for key, value in given.items() if key in names}
+        own = {key: value for key, value in given.items() if key not in names}
+        if own.get("scheme", self.scheme) != self.scheme and "numerics" not in own:
+            own["numerics"] = ""
+        new = dataclasses.replace(self, **own)
+        new = dataclasses.replace(
+            new, calibration=dataclasses.replace(self.calibration, **calibration)
+        )
+        new.check()
+        return new
+
+
+def presets() -> dict[str, Path]:
+    """Name -> file of the recipes that come with the package."""
+    here = Path(__file__).resolve().parent
+    for folder in (here / "recipes", here.parent / "recipes"):
+        if folder.is_dir():
+            return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    raise RequestError("the recipes folder of the package is missing; reinstall fourbyeight")
+
+
+def load_recipe(name: str) -> Recipe:
+    """A recipe from a YAML file, or a preset by its name."""
+    path = Path(name).expanduser()
+    known = presets()
+    if path.suffix not in (".yaml", ".yml") and name in known:
+        path = known[name]
+    elif not path.is_file():
+        nearest = _nearest(name, list(known))
+        raise RequestError(
+            f"recipe {name!r} is no file and no preset; presets: {', '.join(known)}{nearest}"
+        )
+    return parse_recipe(path.read_text(encoding="utf-8"), str(path))
+
+
+def parse_recipe(text: str, where: str) -> Recipe:
+    """A recipe from YAML text; `where` names it in errors."""
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RequestError(f"{where} is not valid YAML: {error}") from error
+    data = _mapping(data, where, "recipe")
+    values = dict(data)
+    if "calibration" in values:
+        section = _mapping(values["calibration"], where, "calibration")
+        values["calibration"] = _build(Calibration, section, where, "calibration")
+    if "passes" in values:
+        values["passes"] = _passes(values["passes"], where)
+    if "ignore" in values:
+        values["ignore"] = _strings(values["ignore"], where, "ignore")
+    recipe = _build(Recipe, values, where, "recipe")
+    try:
+        recipe.check()
+    except RequestError as error:
+        raise RequestError(f"{where}: {error}") from None
+    return recipe
+
+
+def _passes(value: Any, where: str) -> tuple[Pass, ...]:
+    if not isinstance(value, list):
+        raise RequestError(f"{where}: passes must be a list, got {_kind(value)}")
+    found = []
+    for item in value:
+        options = {item: None} if isinstance(item, str) else item
+        if not isinstance(options, dict) or len(options) != 1:
+            raise RequestError(f"{where}: every entry of passes is one `name: {{options}}`")
+        name, section = next(iter(options.items()))
+        if name not in PASSES:
+            nearest = _nearest(str(name), list(PASSES))
+            raise RequestError(
+                f"{where}: pass {name!r} is unknown; known: {', '.join(PASSES)}{nearest}"
+            )
+        section = _mapping(section or {}, where, str(name))
+        found.append(_build(PASSES[name], section, where, f"passes.{name}"))
+    return tuple(found)
+
+
+def _build(cls: type[Any], values: dict[str, Any], where: str, section: str) -> Any:
+    """A dataclass from a mapping whose keys and types must be right."""
+    hints = typing.get_type_hints(cls)
+    fields = [f.name for f in dataclasses.fields(cls)]
+    for key, value in values.items():
+        if key not in fields:
+            nearest = _nearest(str(key), fields)
+            raise RequestError(
+                f"{where}: unknown key {key!r} in {section}; known: {', '.join(fields)}{nearest}"
+            )
+        wanted = hints[key]
+        if isinstance(wanted, types.GenericAlias) or dataclasses.is_dataclass(wanted):
+            continue  # built by the caller, and so already of the right type
+        if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+            values = {**values, key: float(value)}
+        elif not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
+            raise RequestError(
+                f"{where}: {section}.{key} must be {wanted.__name__}, got {_kind(value)} {value!r}"
+            )
+    return cls(**values)
+
+
+def _mapping(value: Any, where: str, section: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise RequestError(f"{where}: {section} must be a mapping, got {_kind(value)}")
+    return value
+
+
+def _strings(value: Any, where: str, key: str) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise RequestError(f"{where}: {key} must be a list of strings")
+    return tuple(value)
+
+
+def _pass_name(step: Pass) -> str:
+    return next(name for name, cls in PASSES.items() if type(step) is cls)
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _kind(value: Any) -> str:
+    return "nothing" if value is None else type(value).__name__
+
+
+def _one_of(key: str, value: str, known: tuple[str, ...]) -> None:
+    _require(
+        value in known,
+        f"{key} {value!r} is unknown; known: {', '.join(known)}{_nearest(value, list(known))}",
+    )
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise RequestError(message)

@@ -1,0 +1,1 @@
+"""How a checkpoint runs: load it, keep a KV cache, generate."""
