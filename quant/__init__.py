@@ -1,6 +1,26 @@
-"""fourbyeight: 4-bit weights by 8-bit activations for Hugging Face decoder checkpoints."""
+"""fourbyeight: 4-bit weights by 8-bit activations for Hugging Face decoder checkpoints.
+
+from quant import LLM, SamplingParams, quantize
+
+quantize("Qwen/Qwen3-8B", "Qwen3-8B-w4afp8", scheme="w4afp8")
+LLM("Qwen3-8B-w4afp8").generate(["Hello"], SamplingParams(temperature=0.0))
+"""
 
 from importlib.metadata import PackageNotFoundError, version
+
+from quant.calibration.quantize import quantize
+from quant.errors import RequestError, WorkFailed
+from quant.recipe import Recipe, load_recipe
+
+__all__ = [
+    "LLM",
+    "Recipe",
+    "RequestError",
+    "SamplingParams",
+    "WorkFailed",
+    "load_recipe",
+    "quantize",
+]
 
 try:
     __version__ = version("fourbyeight")

@@ -7,7 +7,7 @@ names the file, the key and the nearest valid one. Presets are the files of `rec
     group_size: 128             # 32 | 64 | 128 | -1 (per output channel)
     numerics: lut               # w4afp8: lut | exact; w4a8: int8
     ignore: []                  # more modules to leave alone: names, or re:<regex>
-    calibration: {dataset: builtin, num_samples: 128, max_seq_length: 2048, seed: 0}
+    calibration: {dataset: builtin, num_samples: 128, max_seq_length: 512, seed: 0}
     passes:
       - compensate: {scales: hessian, damping: 0.01, act_order: true, block_size: 128}
 """
@@ -69,7 +69,7 @@ class Calibration:
 
     dataset: str = "builtin"
     num_samples: int = 128
-    max_seq_length: int = 2048
+    max_seq_length: int = 512
     seed: int = 0
 
     def check(self) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-import resource
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True)
@@ -68,8 +67,18 @@ def ignore_progress(_: Progress) -> None:
     """The default listener."""
 
 
-def mean_bits_per_weight(layers: Sequence[LayerReport]) -> float:
-    """Stored bits per weight over all quantized linears, weighted by their sizes."""
+class HasBits(Protocol):
+    """Anything that says a linear's shape (N, K) and its bits per weight."""
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+    @property
+    def bits_per_weight(self) -> float: ...
+
+
+def mean_bits_per_weight(layers: Sequence[HasBits]) -> float:
+    """Stored bits per weight over linears, weighted by their sizes; 0 for none."""
     weights = sum(row.shape[0] * row.shape[1] for row in layers)
     bits = sum(row.shape[0] * row.shape[1] * row.bits_per_weight for row in layers)
     return bits / weights if weights else 0.0
@@ -88,6 +97,13 @@ def read_jsonl(path: Path) -> list[LayerReport]:
 
 
 def peak_memory_bytes() -> int:
-    """The largest resident set of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    """The largest resident set of this process so far, or since `reset_peak_memory`."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    peak = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
+    return int(peak.split()[1]) * 1024
+
+
+def reset_peak_memory() -> None:
+    """Start a new measurement of the peak, so that stages of one process can be told apart."""
+    with contextlib.suppress(OSError):  # a sandbox may forbid it; the peak is then the process's
+        Path("/proc/self/clear_refs").write_text("5")

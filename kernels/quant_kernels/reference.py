@@ -126,9 +126,9 @@ def bf16_products(enabled: bool = True) -> Iterator[None]:
 def _epilogue(
     acc: Tensor, x_scale: Tensor, c: Tensor, bias: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:
-    y = acc * x_scale * c.T
+    y = acc.mul_(x_scale).mul_(c.T)
     if bias is not None:
-        y = y + bias.float()
+        y.add_(bias.float())
     return y.to(out_dtype)
 
 

@@ -5,8 +5,8 @@ For a linear with weight W [N, K] and calibration inputs X [T, K], rounding to W
     |X (W - W^)^T|^2 = tr((W - W^) H (W - W^)^T),        H = X^T X / T
 
 GPTQ (Frantar et al., 2022, eq. 2 and 3): with U the upper Cholesky factor of H^-1 and columns in
-some order, rounding column j leaves the error e_j = (w_j - w^_j) / U[j, j], and the columns after it
-take w_k -= e_j U[j, k].
+some order, rounding column j leaves the error e_j = (w_j - w^_j) / U[j, j], and the columns after
+it take w_k -= e_j U[j, k].
 
 Scales are fixed beforehand from the original weights in their natural groups (static groups), so
 the order may follow the Hessian's diagonal (act-order) without any index array in the checkpoint.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,10 +14,16 @@ import torch
 from quant.architectures import EMBEDDING, FINAL_NORM, LM_HEAD
 from quant.calibration.data import calibration_windows, load_tokens
 from quant.calibration.pipeline import quantize_blocks
-from quant.checkpoint.compressed_tensors import SIDE_FILE, SIDE_VERSION, quantization_config
-from quant.checkpoint.reader import CheckpointReader
+from quant.checkpoint.compressed_tensors import (
+    REPORT_FILE,
+    SIDE_FILE,
+    SIDE_VERSION,
+    quantization_config,
+)
+from quant.checkpoint.reader import CheckpointReader, load_tokenizer
 from quant.checkpoint.source import resolve_model
 from quant.checkpoint.writer import CheckpointWriter, check_output
+from quant.device import select_device, select_dtype
 from quant.errors import RequestError
 from quant.recipe import DEFAULT_PRESET, Recipe, load_recipe
 from quant.report import (
@@ -26,17 +33,10 @@ from quant.report import (
     ignore_progress,
     mean_bits_per_weight,
     peak_memory_bytes,
+    reset_peak_memory,
     to_jsonl,
 )
 from quant.schemes import LayerPlan, plan_layers
-
-REPORT_FILE = "report.jsonl"
-DTYPES = {
-    "auto": None,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float32": torch.float32,
-}
 
 
 @dataclass(frozen=True)
@@ -52,20 +52,40 @@ class RunPlan:
     activation_bytes: int
     block_bytes: int
 
+    @property
+    def bits_per_weight(self) -> float:
+        """Over the layers to quantize."""
+        return mean_bits_per_weight([row for row in self.layers if row.fmt])
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)},
+            "recipe": self.recipe.to_dict(),
+            "layers": [dataclasses.asdict(row) for row in self.layers],
+            "bits_per_weight": self.bits_per_weight,
+        }
+
 
 def plan(
     model: str,
+    output_dir: str | Path,
     recipe: Recipe | str = DEFAULT_PRESET,
     *,
     revision: str | None = None,
     trust_remote_code: bool = False,
     **overrides: Any,
 ) -> RunPlan:
-    """Check a request and say what it would do; arguments as `quantize`. Reads no weight."""
+    """Check a request, its data too, and say what it would do; arguments as `quantize`.
+
+    Reads no weight and writes nothing.
+    """
     recipe = _recipe(recipe, overrides)
+    check_output(Path(output_dir).expanduser())
     directory = resolve_model(model, revision=revision, trust_remote_code=trust_remote_code)
     reader = CheckpointReader(directory, trust_remote_code=trust_remote_code)
-    return _plan(reader, recipe)
+    found = _plan(reader, recipe)
+    _windows(reader, recipe, trust_remote_code)
+    return found
 
 
 def quantize(
@@ -91,11 +111,10 @@ def quantize(
     WorkFailed where the numbers break down; neither leaves anything behind at OUT.
     """
     started = time.perf_counter()
+    reset_peak_memory()
     output = Path(output_dir).expanduser()
     recipe = _recipe(recipe, overrides)
-    if dtype not in DTYPES:
-        raise RequestError(f"dtype {dtype!r} is unknown; known: {', '.join(DTYPES)}")
-    target = select_device(device)
+    kept_dtype, target = select_dtype(dtype), select_device(device)
     check_output(output)
     directory = resolve_model(model, revision=revision, trust_remote_code=trust_remote_code)
     reader = CheckpointReader(directory, trust_remote_code=trust_remote_code)
@@ -107,10 +126,10 @@ def quantize(
     ignored = tuple(row.name for row in run.layers if row.fmt is None)
     with CheckpointWriter(output) as writer, torch.inference_mode():
         rows = quantize_blocks(
-            reader, by_name, recipe.passes[0], windows, writer, target, DTYPES[dtype], on_progress
+            reader, by_name, recipe.passes[0], windows, writer, target, kept_dtype, on_progress
         )
         on_progress(Progress("write", 0, 1, str(output)))
-        _write_rest(reader, writer, recipe, model, ignored, DTYPES[dtype])
+        _write_rest(reader, writer, recipe, model, ignored, kept_dtype)
         writer.write_text(REPORT_FILE, to_jsonl(rows))
         writer.copy_companions(directory)
         writer.finish()
@@ -125,23 +144,6 @@ def quantize(
         source_size_bytes=reader.size_bytes(),
         bits_per_weight=mean_bits_per_weight(rows),
     )
-
-
-def select_device(device: str) -> torch.device:
-    """A torch device by name; "auto" is the first GPU, or the CPU where there is none."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-    except RuntimeError as error:
-        raise RequestError(
-            f"device {device!r} is unknown; use auto, cpu, cuda or cuda:N"
-        ) from error
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise RequestError(f"device {device!r}: torch {torch.__version__} sees no CUDA GPU here")
-    if found.type not in ("cpu", "cuda"):
-        raise RequestError(f"device {device!r} is not supported; use auto, cpu, cuda or cuda:N")
-    return found
 
 
 def directory_bytes(directory: Path) -> int:
@@ -196,17 +198,6 @@ def _windows(reader: CheckpointReader, recipe: Recipe, trust_remote_code: bool) 
     return calibration_windows(
         tokens, calibration.num_samples, calibration.max_seq_length, calibration.seed
     )
-
-
-def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any:
-    """The directory's tokenizer; RequestError where there is none that loads."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    except Exception as error:  # transformers raises many kinds over missing or broken files
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise RequestError(f"{directory}: its tokenizer does not load: {reason}") from error
 
 
 def _write_rest(

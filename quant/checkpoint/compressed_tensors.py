@@ -25,6 +25,7 @@ from quant_kernels.formats import PER_CHANNEL, FormatError, WeightFormat
 from quant_kernels.packing import CODES_PER_WORD, PackedWeight
 
 SIDE_FILE = "fourbyeight.json"
+REPORT_FILE = "report.jsonl"
 SIDE_VERSION = 1
 
 

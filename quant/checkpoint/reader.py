@@ -14,7 +14,7 @@ from quant.architectures import DecoderConfig, block_prefix
 from quant.checkpoint.source import check_directory, read_json
 from quant.errors import RequestError
 
-FLOAT_TYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+FLOAT_BITS = {"BF16": 16.0, "F16": 16.0, "F32": 32.0}
 
 
 class CheckpointReader:
@@ -46,6 +46,10 @@ class CheckpointReader:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._file(name).get_slice(name).get_shape())
 
+    def dtype(self, name: str) -> str:
+        """The stored type in safetensors' terms, e.g. "BF16"."""
+        return str(self._file(name).get_slice(name).get_dtype())
+
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """The tensor of that name, in its own dtype or in the one asked for."""
         try:
@@ -71,11 +75,11 @@ class CheckpointReader:
                 expected[block_prefix(layer) + name] = shape
         self.check_shapes(expected)
         for name in expected:
-            dtype = self._file(name).get_slice(name).get_dtype()
-            if dtype not in FLOAT_TYPES:
+            dtype = self.dtype(name)
+            if dtype not in FLOAT_BITS:
                 raise RequestError(
                     f"{self._where[name]}: tensor {name} has type {dtype}; "
-                    f"supported: {', '.join(FLOAT_TYPES)}"
+                    f"supported: {', '.join(FLOAT_BITS)}"
                 )
 
     def check_shapes(self, expected: Mapping[str, tuple[int, ...]]) -> None:
@@ -131,3 +135,14 @@ class CheckpointReader:
             except (SafetensorError, OSError) as error:
                 raise RequestError(f"{path} is not a readable safetensors file: {error}") from error
         return self._files[path.name]
+
+
+def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any:
+    """The directory's tokenizer; RequestError where there is none that loads."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers raises many kinds over missing or broken files
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise RequestError(f"{directory}: its tokenizer does not load: {reason}") from error

@@ -19,9 +19,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from quant.calibration.data import load_tokens
+from quant.checkpoint.reader import CheckpointReader, load_tokenizer
+from quant.checkpoint.source import resolve_model
+from quant.device import select_device, select_dtype
 from quant.errors import RequestError, WorkFailed
-from quant.report import OnProgress, Progress, ignore_progress
-from quant.runtime.model import Decoder
+from quant.report import (
+    OnProgress,
+    Progress,
+    ignore_progress,
+    peak_memory_bytes,
+    reset_peak_memory,
+)
+from quant.runtime.model import Decoder, load_decoder
 
 # Rows of logits computed together: 512 x 128k vocabulary x FP32 is 0.26 GB.
 LOGIT_ROWS = 512
@@ -36,6 +46,7 @@ class Perplexity:
     windows: int
     window: int
     seconds: float
+    peak_memory_bytes: int
 
 
 @torch.inference_mode()
@@ -52,17 +63,7 @@ def perplexity(
     Raises RequestError where there is not one full window, WorkFailed where the loss is not finite.
     """
     started = time.perf_counter()
-    if window < 2:
-        raise RequestError(f"window is {window}; it must be at least 2")
-    if max_windows is not None and max_windows < 1:
-        raise RequestError(f"max windows is {max_windows}; it must be at least 1")
-    count = len(tokens) // window
-    if count < 1:
-        raise RequestError(
-            f"the dataset has {len(tokens):,} tokens, less than one window of {window}; "
-            "use a smaller --max-seq-length or more text"
-        )
-    count = min(count, max_windows or count)
+    count = check_windows(len(tokens), window, max_windows)
     positions = torch.arange(window, device=model.device).unsqueeze(0)
     loss = 0.0
     for i in range(count):
@@ -75,8 +76,59 @@ def perplexity(
     if not math.isfinite(loss):
         raise WorkFailed(f"the loss is {loss} after {predicted:,} tokens: the model is broken")
     return Perplexity(
-        math.exp(loss / predicted), predicted, count, window, time.perf_counter() - started
+        perplexity=math.exp(loss / predicted),
+        tokens=predicted,
+        windows=count,
+        window=window,
+        seconds=time.perf_counter() - started,
+        peak_memory_bytes=peak_memory_bytes(),
     )
+
+
+def evaluate_perplexity(
+    model: str,
+    dataset: str = "builtin",
+    *,
+    window: int = 2048,
+    max_windows: int | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    on_progress: OnProgress = ignore_progress,
+) -> Perplexity:
+    """Perplexity of MODEL (anything that `LLM` loads) on a dataset (see `calibration/data.py`).
+
+    "builtin" is the part of the built-in text that calibration does not see.
+    """
+    reset_peak_memory()
+    kept_dtype, target = select_dtype(dtype), select_device(device)
+    directory = resolve_model(model, revision=revision, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(directory, trust_remote_code)
+    reader = CheckpointReader(directory, trust_remote_code=trust_remote_code)
+    part = "builtin:evaluation" if dataset == "builtin" else dataset
+    tokens = load_tokens(part, tokenizer, reader.config.vocab_size)
+    check_windows(len(tokens), window, max_windows)
+    decoder = load_decoder(
+        directory, device=target, dtype=kept_dtype, trust_remote_code=trust_remote_code
+    )
+    return perplexity(
+        decoder, tokens, window=window, max_windows=max_windows, on_progress=on_progress
+    )
+
+
+def check_windows(tokens: int, window: int, max_windows: int | None) -> int:
+    """How many windows are measured; RequestError where there is none."""
+    if window < 2:
+        raise RequestError(f"the window is {window} tokens; it must be at least 2")
+    if max_windows is not None and max_windows < 1:
+        raise RequestError(f"the number of windows is {max_windows}; it must be at least 1")
+    if tokens < window:
+        raise RequestError(
+            f"the dataset has {tokens:,} tokens, less than one window of {window:,}; "
+            "use a smaller --max-seq-length or more text"
+        )
+    return min(tokens // window, max_windows or tokens // window)
 
 
 def _negative_log_likelihood(model: Decoder, hidden: Tensor, targets: Tensor) -> float:

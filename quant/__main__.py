@@ -1,0 +1,5 @@
+"""`python -m quant` is the command `quantize`."""
+
+from quant.cli import main
+
+main()

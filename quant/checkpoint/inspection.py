@@ -1,0 +1,78 @@
+"""What a checkpoint holds, layer by layer, from its headers and its report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quant.architectures import LINEARS, block_prefix
+from quant.checkpoint.compressed_tensors import (
+    REPORT_FILE,
+    SIDE_FILE,
+    is_ignored,
+    parse_quantization_config,
+    read_side_file,
+)
+from quant.checkpoint.reader import FLOAT_BITS, CheckpointReader
+from quant.report import mean_bits_per_weight, read_jsonl
+from quant_kernels.formats import bits_per_weight
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One linear of a block. error: `LayerReport.error_after`, None where no report says it."""
+
+    name: str
+    shape: tuple[int, int]
+    format: str
+    activations: str
+    bits_per_weight: float
+    error: float | None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A checkpoint directory. bits_per_weight is over the linears of the blocks."""
+
+    directory: str
+    model_type: str
+    scheme: str | None
+    group_size: int | None
+    numerics: str | None
+    size_bytes: int
+    bits_per_weight: float
+    recipe: dict[str, Any] | None
+    layers: tuple[LayerRow, ...]
+
+
+def inspect_checkpoint(directory: Path, *, trust_remote_code: bool = False) -> Inspection:
+    """Read a checkpoint's headers; RequestError where it is none that runs here."""
+    reader = CheckpointReader(directory, trust_remote_code=trust_remote_code)
+    fmt = parse_quantization_config(directory, reader.raw_config)
+    ignore = (reader.raw_config.get("quantization_config") or {}).get("ignore") or []
+    errors = {row.name: row.error_after for row in read_jsonl(directory / REPORT_FILE)}
+    rows = []
+    for layer in range(reader.config.num_layers):
+        for linear in LINEARS:
+            name, shape = block_prefix(layer) + linear, reader.config.linear_shape(linear)
+            if fmt is None or is_ignored(name, ignore):
+                stored = reader.dtype(f"{name}.weight")
+                rows.append(LayerRow(name, shape, stored, stored, FLOAT_BITS[stored], None))
+                continue
+            group = "channel" if fmt.per_channel else f"g{fmt.group_size}"
+            label = f"{fmt.scheme} {group} {fmt.numerics}"
+            bits = bits_per_weight(*shape, fmt)
+            rows.append(LayerRow(name, shape, label, fmt.activation, bits, errors.get(name)))
+    has_side_file = (directory / SIDE_FILE).is_file()
+    return Inspection(
+        directory=str(directory),
+        model_type=reader.config.model_type,
+        scheme=fmt.scheme if fmt else None,
+        group_size=fmt.group_size if fmt else None,
+        numerics=fmt.numerics if fmt else None,
+        size_bytes=reader.size_bytes(),
+        bits_per_weight=mean_bits_per_weight(rows),
+        recipe=read_side_file(directory).get("recipe") if has_side_file else None,
+        layers=tuple(rows),
+    )

@@ -1,0 +1,347 @@
+"""The command `quantize`: options in, tables and figures out. No logic lives here."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from quant import __version__, tables
+from quant.errors import RequestError, WorkFailed
+from quant.report import OnProgress, Progress
+
+if TYPE_CHECKING:
+    from quant.runtime.llm import LLM
+    from quant.runtime.sampling import SamplingParams
+
+app = typer.Typer(
+    name="quantize",
+    help="4-bit weights by 8-bit activations for Hugging Face decoder checkpoints.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out = Console()
+err = Console(stderr=True)
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="HF directory, .gguf file, or hub id.")]
+Json = Annotated[
+    Path | None, typer.Option("--json", metavar="PATH", help="Write the figures to PATH.")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, or cuda:N.")]
+Dtype = Annotated[
+    str, typer.Option(help="Of what is not quantized: auto, bfloat16, float16, float32.")
+]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
+]
+
+
+@app.command()
+def run(
+    model: Model,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="OUT", help="Directory to make.")
+    ],
+    recipe: Annotated[str, typer.Option(help="A preset (gptq, rtn) or a YAML file.")] = "gptq",
+    scheme: Annotated[str | None, typer.Option(help="w4afp8 or w4a8.")] = None,
+    group_size: Annotated[
+        int | None, typer.Option(help="32, 64, 128, or -1 for per channel.")
+    ] = None,
+    numerics: Annotated[str | None, typer.Option(help="w4afp8: lut or exact.")] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="builtin, a file, or a hub id, for calibration.")
+    ] = None,
+    num_calibration_samples: Annotated[int | None, typer.Option(help="Windows of text.")] = None,
+    max_seq_length: Annotated[int | None, typer.Option(help="Tokens in a window.")] = None,
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option(help="A layer to leave alone: its name, or re:<regex>. Repeatable."),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Which windows calibration sees.")] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
+    revision: Revision = None,
+    json_path: Json = None,
+) -> None:
+    """Quantize MODEL into OUT. Options override the recipe."""
+    from quant.calibration import quantize as calibration
+
+    request: dict[str, Any] = {
+        "scheme": scheme,
+        "group_size": group_size,
+        "numerics": numerics,
+        "dataset": dataset,
+        "num_samples": num_calibration_samples,
+        "max_seq_length": max_seq_length,
+        "ignore": tuple(ignore) if ignore else None,
+        "seed": seed,
+        "revision": revision,
+        "trust_remote_code": trust_remote_code,
+    }
+    check_json_path(json_path)
+    if dry_run:
+        plan = calibration.plan(model, output, recipe, **request)
+        out.print(tables.plan_table(plan))
+        write_json(json_path, {"command": "run", "dry_run": True, **plan.to_dict()})
+        return
+    with progress_bars() as on_progress:
+        report = calibration.quantize(
+            model, output, recipe, dtype=dtype, device=device, on_progress=on_progress, **request
+        )
+    out.print(tables.run_table(report))
+    write_json(json_path, {"command": "run", "dry_run": False, **report.to_dict()})
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", "-p", help="Text to continue. Repeatable.")
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Apply the chat template.")] = False,
+    max_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="0 keeps all tokens.")] = 0,
+    top_p: Annotated[float, typer.Option(help="1 keeps all tokens.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Of the sampling, per prompt.")] = None,
+    max_model_len: Annotated[int | None, typer.Option(help="Prompt and output, tokens.")] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+    revision: Revision = None,
+    json_path: Json = None,
+) -> None:
+    """Generate text from MODEL, quantized or not. One prompt is streamed, several are batched."""
+    from quant.runtime.llm import LLM
+    from quant.runtime.sampling import SamplingParams
+
+    check_json_path(json_path)
+    if not prompt:
+        raise RequestError("no prompt: give --prompt TEXT, once or more")
+    params = SamplingParams(
+        temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, max_tokens=max_tokens
+    )
+    with err.status("loading"):
+        llm = LLM(
+            model,
+            max_model_len=max_model_len,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            revision=revision,
+        )
+    started = time.perf_counter()
+    prompts: list[Any] = [[user_message(text)] for text in prompt] if chat else prompt
+    if len(prompts) == 1:
+        rows = [stream_completion(llm, prompts[0], params)]
+    else:
+        outputs = llm.chat(prompts, params) if chat else llm.generate(prompts, params)
+        rows = [dataclasses.asdict(output.outputs[0]) for output in outputs]
+        for text, row in zip(prompt, rows, strict=True):
+            out.print(Text(f"> {text}", style="bold"))
+            write_raw(row["text"] + "\n")
+    seconds = time.perf_counter() - started
+    count = sum(len(row["token_ids"]) for row in rows)
+    completions = [{"prompt": text, **row} for text, row in zip(prompt, rows, strict=True)]
+    figures = {
+        "command": "generate",
+        "model": model,
+        "seconds": seconds,
+        "tokens": count,
+        "tokens_per_second": count / seconds,
+        "outputs": completions,
+    }
+    write_json(json_path, figures)
+    err.print(f"{count} tokens in {seconds:.1f} s, {count / seconds:.1f} tokens/s", style="dim")
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Model,
+    dataset: Annotated[str, typer.Option(help="builtin, a file, or a hub id.")] = "builtin",
+    max_seq_length: Annotated[int, typer.Option(help="Tokens in a window.")] = 2048,
+    max_windows: Annotated[int | None, typer.Option(help="Only the first windows.")] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+    revision: Revision = None,
+    json_path: Json = None,
+) -> None:
+    """Measure MODEL's perplexity, quantized or not.
+
+    Non-overlapping windows; every token of a window but the first is predicted; no BOS is added.
+    """
+    from quant.evaluation.perplexity import evaluate_perplexity
+
+    check_json_path(json_path)
+    with progress_bars() as on_progress:
+        result = evaluate_perplexity(
+            model,
+            dataset,
+            window=max_seq_length,
+            max_windows=max_windows,
+            dtype=dtype,
+            device=device,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            on_progress=on_progress,
+        )
+    out.print(tables.perplexity_table(model, dataset, result))
+    figures = {"command": "eval", "model": model, "dataset": dataset}
+    write_json(json_path, {**figures, **dataclasses.asdict(result)})
+
+
+@app.command()
+def inspect(
+    model: Model,
+    trust_remote_code: TrustRemoteCode = False,
+    revision: Revision = None,
+    json_path: Json = None,
+) -> None:
+    """Show what a checkpoint holds, layer by layer: shape, format, bits, error."""
+    from quant.checkpoint.inspection import inspect_checkpoint
+    from quant.checkpoint.source import resolve_model
+
+    check_json_path(json_path)
+    directory = resolve_model(model, revision=revision, trust_remote_code=trust_remote_code)
+    found = inspect_checkpoint(directory, trust_remote_code=trust_remote_code)
+    out.print(tables.inspection_table(found))
+    write_json(json_path, {"command": "inspect", **dataclasses.asdict(found)})
+
+
+@app.command()
+def doctor(json_path: Json = None) -> None:
+    """Say what this machine can run, and why not the rest."""
+    from quant.doctor import diagnose
+
+    check_json_path(json_path)
+    found = diagnose()
+    for table in tables.diagnosis_tables(found):
+        out.print(table)
+    write_json(json_path, {"command": "doctor", **dataclasses.asdict(found)})
+
+
+@app.command()
+def demo(
+    model: Annotated[
+        str | None, typer.Option(help="Your own model instead of SmolLM2-135M-Instruct.")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="OUT", help="Keep the checkpoint here."),
+    ] = None,
+    scheme: Annotated[str, typer.Option(help="w4afp8 or w4a8.")] = "w4afp8",
+    group_size: Annotated[int, typer.Option(help="32, 64, 128, or -1 for per channel.")] = 64,
+    json_path: Json = None,
+) -> None:
+    """Quantize a small real model, measure it before and after, and let both speak."""
+    from quant.demo import run_demo
+
+    check_json_path(json_path)
+    with progress_bars() as on_progress:
+        result = run_demo(
+            model, output, scheme=scheme, group_size=group_size, on_progress=on_progress
+        )
+    for part in tables.demo_tables(result):
+        out.print(part)
+    write_json(json_path, {"command": "demo", **dataclasses.asdict(result)})
+
+
+@contextmanager
+def progress_bars() -> Iterator[OnProgress]:
+    """One bar per stage on stderr, in the order in which the stages begin."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bars
+
+    columns = (
+        TextColumn("{task.description:<20}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[what]}"),
+    )
+    with Bars(*columns, console=err) as bars:
+        tasks: dict[str, Any] = {}
+
+        def listen(p: Progress) -> None:
+            if p.stage not in tasks:
+                tasks[p.stage] = bars.add_task(p.stage, total=p.total, what=p.what)
+            what = p.what if p.done < p.total else ""
+            bars.update(tasks[p.stage], completed=p.done, total=p.total, what=what)
+
+        yield listen
+
+
+def user_message(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def stream_completion(llm: LLM, prompt: Any, params: SamplingParams) -> dict[str, Any]:
+    """Write a completion as its tokens come; returns its figures."""
+    pieces = []
+    for piece in llm.stream(prompt, params):
+        write_raw(piece.text)
+        pieces.append(piece)
+    write_raw("\n")
+    return {
+        "index": 0,
+        "text": "".join(piece.text for piece in pieces),
+        "token_ids": [piece.token_id for piece in pieces],
+        "finish_reason": pieces[-1].finish_reason,
+    }
+
+
+def write_raw(text: str) -> None:
+    """Model output, as it is: no markup, no wrapping."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def check_json_path(path: Path | None) -> None:
+    """Refuse a --json path that cannot be written, before the work and not after it."""
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise RequestError(f"--json {str(path)!r}: there is no directory to write this file into")
+
+
+def write_json(path: Path | None, figures: dict[str, Any]) -> None:
+    """The figures of a command under stable keys, whole or not at all."""
+    if path is None:
+        return
+    partial = path.with_name(f".{path.name}.partial")
+    figures = {"fourbyeight": __version__, **figures}
+    partial.write_text(json.dumps(figures, indent=2, default=str) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def main() -> None:
+    """Exit codes: 0 done, 1 the work failed, 2 the request was wrong, 130 interrupted."""
+    from quant_kernels.formats import FormatError
+
+    try:
+        app()
+    except (RequestError, FormatError) as error:
+        fail(str(error), 2)
+    except (WorkFailed, OSError) as error:
+        fail(str(error), 1)
+
+
+def fail(message: str, code: int) -> NoReturn:
+    err.print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
