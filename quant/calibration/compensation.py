@@ -94,19 +94,16 @@ def compensate(
 def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
     """Upper Cholesky factor U of (H + damping * mean(diag H) * I)^-1, and the damping it took.
 
-    A channel that calibration never excites gets the mean on its diagonal, so that it is rounded
-    to nearest. Raises NotPositiveDefinite.
+    A channel that calibration never excites has only the damping, and is rounded to nearest. Raises
+    NotPositiveDefinite.
     """
     if not bool(torch.isfinite(hessian).all()):
         raise NotPositiveDefinite("the Hessian holds NaN or Inf")
     mean = hessian.diagonal().mean()
     if float(mean) <= 0:
         mean = torch.ones_like(mean)
-    h = hessian.clone()
-    dead = h.diagonal() <= 0
-    h.diagonal()[dead] = mean
     while True:
-        damped = h.clone()
+        damped = hessian.clone()
         damped.diagonal().add_(damping * mean)
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not int(failed):

@@ -24,19 +24,26 @@ from torch import Tensor
 
 from quant.errors import RequestError
 
+# Characters: more than the mean token of any common tokenizer has, in any language.
+LONGEST_TOKEN = 8
 BUILTIN_PARTS = ("calibration", "evaluation")
 
 
-def load_tokens(dataset: str, tokenizer: Any, vocab_size: int) -> Tensor:
+def load_tokens(dataset: str, tokenizer: Any, vocab_size: int, enough: int | None = None) -> Tensor:
     """The dataset as one stream of token ids, [T] int64.
 
-    Raises RequestError where there is no such dataset, it is empty, or its ids do not fit.
+    enough: tokens after which a hub dataset need not be read further (it may be endless); local
+    files are read whole. Raises RequestError where there is no such dataset, it is empty, or its
+    ids do not fit.
     """
     path = Path(dataset).expanduser()
     if path.suffix == ".npy" and path.is_file():
         tokens = _token_ids(path)
     else:
-        text = "\n\n".join(_texts(dataset, path, tokenizer))
+        try:
+            text = "\n\n".join(_texts(dataset, path, tokenizer, enough))
+        except UnicodeDecodeError as error:
+            raise RequestError(f"dataset {dataset!r} is not UTF-8 text: {error}") from error
         if not text.strip():
             raise RequestError(f"dataset {dataset!r} is empty")
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -72,7 +79,7 @@ def calibration_windows(tokens: Tensor, num_samples: int, length: int, seed: int
     )
 
 
-def _texts(dataset: str, path: Path, tokenizer: Any) -> list[str]:
+def _texts(dataset: str, path: Path, tokenizer: Any, enough: int | None) -> list[str]:
     name, _, part = dataset.partition(":")
     if name == "builtin":
         if part and part not in BUILTIN_PARTS:
@@ -98,22 +105,40 @@ def _texts(dataset: str, path: Path, tokenizer: Any) -> list[str]:
         ]
     if path.suffix or name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise RequestError(f"dataset {dataset!r}: there is no such file")
-    rows = _hub_rows(name, part or "train")
-    return [_row_text(row, f"{dataset}, row {i + 1}", tokenizer) for i, row in enumerate(rows)]
+    texts, length = [], 0
+    for i, row in enumerate(_load_dataset(name, split=part or "train", streaming=True)):
+        texts.append(_row_text(row, f"{dataset}, row {i + 1}", tokenizer))
+        length += len(texts[-1])
+        if enough is not None and length > enough * LONGEST_TOKEN:
+            break
+    return texts
 
 
 def builtin_texts(part: str = "") -> list[str]:
     """The documentation topics that CPython ships for `help()`: about 110k tokens of English prose.
 
     The text belongs to the interpreter's version, so figures made with it compare only within one.
-    "evaluation" is every fourth topic by name, "calibration" the others, "" all of them.
+    "evaluation" is every fourth topic by name, without the paragraphs that the other topics share
+    (they quote each other); "calibration" is the others; "" is all of them.
     """
     from pydoc_data.topics import topics
 
     names = sorted(topics)
-    if part:
-        names = [n for i, n in enumerate(names) if (i % 4 == 1) == (part == "evaluation")]
-    return [topics[name] for name in names]
+    if not part:
+        return [topics[name] for name in names]
+    held_out = names[::4]
+    calibration = [topics[name] for name in names if name not in held_out]
+    if part == "calibration":
+        return calibration
+    seen = {_plain(p) for text in calibration for p in text.split("\n\n")}
+    return [
+        "\n\n".join(p for p in topics[name].split("\n\n") if _plain(p) not in seen)
+        for name in held_out
+    ]
+
+
+def _plain(paragraph: str) -> str:
+    return " ".join(paragraph.split())
 
 
 def _row_text(row: Any, where: str, tokenizer: Any) -> str:
@@ -122,7 +147,10 @@ def _row_text(row: Any, where: str, tokenizer: Any) -> str:
     if isinstance(row, dict) and isinstance(row.get("text"), str):
         return str(row["text"])
     if isinstance(row, dict) and row.get("messages"):
-        return str(tokenizer.apply_chat_template(list(row["messages"]), tokenize=False))
+        try:
+            return str(tokenizer.apply_chat_template(list(row["messages"]), tokenize=False))
+        except Exception as error:  # a template may be missing, or refuse in any way
+            raise RequestError(f"dataset {where}: the chat template: {error}") from error
     raise RequestError(f"dataset {where}: expected 'text' (a string) or 'messages' (a chat)")
 
 
@@ -150,10 +178,6 @@ def _parquet_rows(path: Path) -> Iterable[Any]:
     return _load_dataset("parquet", data_files=str(path), split="train")
 
 
-def _hub_rows(name: str, split: str) -> Iterable[Any]:
-    return _load_dataset(name, split=split)
-
-
 def _load_dataset(name: str, **options: Any) -> Iterable[Any]:
     try:
         from datasets import load_dataset
@@ -166,11 +190,14 @@ def _load_dataset(name: str, **options: Any) -> Iterable[Any]:
         return rows
     except Exception as error:  # the library raises its own and its network client's errors
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise RequestError(f"dataset {name!r} ({options}) could not be loaded: {reason}") from error
+        raise RequestError(f"dataset {name!r} could not be loaded: {reason}") from error
 
 
 def _token_ids(path: Path) -> Tensor:
-    ids = np.load(path, allow_pickle=False)
+    try:
+        ids = np.load(path, allow_pickle=False)
+    except (ValueError, OSError) as error:
+        raise RequestError(f"dataset {path} is not a readable .npy file: {error}") from error
     if not np.issubdtype(ids.dtype, np.integer):
         raise RequestError(f"dataset {path} holds {ids.dtype}; token ids must be integers")
     return torch.from_numpy(ids.reshape(-1).astype(np.int64))

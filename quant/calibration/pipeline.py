@@ -65,6 +65,7 @@ def quantize_blocks(
         prefix = block_prefix(layer)
         stored = reader.read_block(layer, cfg.block_shapes())
         block = {name: tensor.to(device, torch.float32) for name, tensor in stored.items()}
+        _check_finite(prefix, block)
         attend = causal_attention(cfg.sliding_windows[layer])
         packed: dict[str, PackedWeight] = {}
         xs = [begin(cfg, block, h) for h in hidden]
@@ -83,6 +84,16 @@ def quantize_blocks(
         _write_block(writer, prefix, stored, packed, dtype)
     on_progress(Progress("quantize", steps, steps))
     return rows
+
+
+def _check_finite(prefix: str, block: Mapping[str, Tensor]) -> None:
+    """A NaN rounds to some code and would vanish from sight."""
+    for name, tensor in block.items():
+        if not bool(torch.isfinite(tensor).all()):
+            count = int((~torch.isfinite(tensor)).sum())
+            raise WorkFailed(
+                f"{prefix}{name} holds {count} NaN or Inf: the source checkpoint is broken"
+            )
 
 
 def _embed(reader: CheckpointReader, parts: Sequence[Tensor], device: torch.device) -> list[Tensor]:

@@ -24,7 +24,6 @@ from quant.checkpoint.reader import CheckpointReader, load_tokenizer
 from quant.checkpoint.source import resolve_model
 from quant.checkpoint.writer import CheckpointWriter, check_output
 from quant.device import select_device, select_dtype
-from quant.errors import RequestError
 from quant.recipe import DEFAULT_PRESET, Recipe, load_recipe
 from quant.report import (
     OnProgress,
@@ -154,10 +153,7 @@ def directory_bytes(directory: Path) -> int:
 def _recipe(recipe: Recipe | str, overrides: dict[str, Any]) -> Recipe:
     if isinstance(recipe, str):
         recipe = load_recipe(recipe)
-    try:
-        return recipe.override(**overrides)
-    except TypeError as error:
-        raise RequestError(f"unknown recipe field: {error}") from error
+    return recipe.override(**overrides)
 
 
 def _plan(reader: CheckpointReader, recipe: Recipe) -> RunPlan:
@@ -194,7 +190,9 @@ def _windows(reader: CheckpointReader, recipe: Recipe, trust_remote_code: bool) 
     if dataset == "builtin":
         dataset = "builtin:calibration"  # the other part is what `eval` measures on
     tokenizer = load_tokenizer(reader.directory, trust_remote_code)
-    tokens = load_tokens(dataset, tokenizer, reader.config.vocab_size)
+    # Four times what the windows need, so that they lie apart and other seeds see other text.
+    enough = 4 * calibration.num_samples * calibration.max_seq_length
+    tokens = load_tokens(dataset, tokenizer, reader.config.vocab_size, enough)
     return calibration_windows(
         tokens, calibration.num_samples, calibration.max_seq_length, calibration.seed
     )

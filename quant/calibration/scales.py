@@ -28,8 +28,10 @@ from quant_kernels.formats import (
     LUT_ANCHOR,
     LUT_SCALE_MIN,
     WeightFormat,
+    effective_weight,
     join_scales,
     midpoints,
+    nearest_codes,
     round_e4m3,
     round_row_unit,
 )
@@ -44,6 +46,8 @@ SMALLEST_SHRINK = 0.5
 LARGEST_SHRINK = 1.08
 FREE_STEPS = 24
 TINY = 1e-8
+# Times a number of four significant bits, rounded to four again: the one below, itself, the next.
+NEIGHBOURING_UNITS = (15 / 16, 1.0, 13 / 12)
 ROWS_AT_ONCE = 1024
 E4M3_MANTISSAS = tuple(1 + i / 8 for i in range(8))
 
@@ -81,17 +85,18 @@ def _choose(weight: Tensor, importance: Tensor, fmt: WeightFormat, search: bool)
         scales = _search_free(w, h, full) if search else full
         one = torch.ones_like(full[:, :1])
         return join_scales(scales, one)
+    best_c = round_row_unit(full.amax(dim=1, keepdim=True) / fmt.anchor)
+    best_t = _nearest_group_scale(full / best_c, fmt)
+    best_t.scatter_(1, full.argmax(dim=1, keepdim=True), fmt.anchor)
     if not search:
-        c = round_row_unit(full.amax(dim=1, keepdim=True) / fmt.anchor)
-        t = _nearest_group_scale(full / c, fmt)
-        t.scatter_(1, full.argmax(dim=1, keepdim=True), fmt.anchor)
-        return join_scales(t, c)
+        return join_scales(best_t, best_c)
+    absmax = join_scales(best_t, best_c)
+    rounded = effective_weight(nearest_codes(weight, absmax, fmt), absmax, fmt)
+    best_error = ((weight - rounded).square() * importance).sum(dim=1, keepdim=True)
     free = _search_free(w, h, full)
     wish = round_row_unit(free.amax(dim=1, keepdim=True) / fmt.anchor)
-    best_error = torch.full_like(wish, torch.inf)
-    best_t, best_c = torch.zeros_like(full), torch.zeros_like(wish)
-    for step in (-1, 0, 1):
-        c = _neighbour_unit(wish, step)
+    for factor in NEIGHBOURING_UNITS:
+        c = round_row_unit(wish * factor)
         t, error = _search_groups(w, h, c, full, fmt)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
@@ -103,8 +108,8 @@ def _search_free(w: Tensor, h: Tensor, full: Tensor) -> Tensor:
     """Best scale [N, G] where any scale may be stored (BF16)."""
     levels = torch.arange(CODE_MIN, CODE_MAX + 1, dtype=torch.float32, device=w.device)
     best, best_error = full, torch.full_like(full, torch.inf)
-    for i in range(FREE_STEPS + 1):
-        shrink = SMALLEST_SHRINK + (LARGEST_SHRINK - SMALLEST_SHRINK) * i / FREE_STEPS
+    span = LARGEST_SHRINK - SMALLEST_SHRINK
+    for shrink in (1.0, *(SMALLEST_SHRINK + span * i / FREE_STEPS for i in range(FREE_STEPS + 1))):
         scale = (full * shrink).to(torch.bfloat16).float()
         error = _squared_error(w, h, scale, levels)
         best = torch.where(error < best_error, scale, best)
@@ -174,10 +179,3 @@ def _nearest_group_scale(ratio: Tensor, fmt: WeightFormat) -> Tensor:
     if fmt.numerics == "int8":
         return ratio.round().clamp(1, fmt.anchor)
     return ratio.clamp(LUT_SCALE_MIN, fmt.anchor).to(torch.float8_e4m3fn).float()
-
-
-def _neighbour_unit(c: Tensor, steps: int) -> Tensor:
-    """The row unit `steps` places further on the four-bit grid."""
-    mantissa, exponent = torch.frexp(c)
-    moved = torch.ldexp(mantissa + steps / 16, exponent)
-    return round_row_unit(moved)

@@ -113,9 +113,10 @@ def parse_quantization_config(directory: Path, raw_config: dict[str, Any]) -> We
     per_channel = weights["strategy"] == "channel"
     numerics = "int8" if scheme == "w4a8" else "exact"
     if (directory / SIDE_FILE).is_file():
-        numerics = read_side_file(directory)["numerics"]
+        numerics = str(read_side_file(directory).get("numerics"))
+    group_size = PER_CHANNEL if per_channel else int(weights.get("group_size") or 0)
     try:
-        return WeightFormat(scheme, PER_CHANNEL if per_channel else weights["group_size"], numerics)
+        return WeightFormat(scheme, group_size, numerics)
     except FormatError as error:
         raise RequestError(f"{where}: {error}") from error
 

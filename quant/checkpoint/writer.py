@@ -28,7 +28,7 @@ COPIED = (
 
 def check_output(output: Path) -> None:
     """RequestError where OUT exists or cannot be made; touches nothing."""
-    if output.exists():
+    if os.path.lexists(output):
         raise RequestError(f"OUT {str(output)!r} exists; give a new directory or remove it first")
     parent = output.absolute().parent
     while not parent.exists():

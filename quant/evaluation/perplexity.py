@@ -107,7 +107,8 @@ def evaluate_perplexity(
     tokenizer = load_tokenizer(directory, trust_remote_code)
     reader = CheckpointReader(directory, trust_remote_code=trust_remote_code)
     part = "builtin:evaluation" if dataset == "builtin" else dataset
-    tokens = load_tokens(part, tokenizer, reader.config.vocab_size)
+    enough = None if max_windows is None else max_windows * window
+    tokens = load_tokens(part, tokenizer, reader.config.vocab_size, enough)
     check_windows(len(tokens), window, max_windows)
     decoder = load_decoder(
         directory, device=target, dtype=kept_dtype, trust_remote_code=trust_remote_code

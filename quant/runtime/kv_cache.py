@@ -54,7 +54,7 @@ class KVCache:
         except (RuntimeError, MemoryError) as error:  # torch's and numpy's words for it
             size = 2 * dtype.itemsize * torch.Size(shape).numel()
             raise RequestError(
-                f"the KV cache of {slots} sequences x {max_len} tokens takes {size / 1e9:.1f} GB, "
+                f"the KV cache of {slots} sequences x {max_len} tokens takes {size / 1e9:,.1f} GB, "
                 f"which {self.device} does not have; lower max_num_seqs or max_model_len"
             ) from error
 

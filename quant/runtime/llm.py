@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,20 +20,21 @@ DEFAULT_MODEL_LEN = 4096  # a cache for every position of a 128k model would not
 INCOMPLETE = "\ufffd"  # what a tokenizer decodes part of a character to
 
 Message = dict[str, Any]  # {"role": "user", "content": "..."}
-ParamsOrList = SamplingParams | list[SamplingParams] | None
+Params = SamplingParams | Sequence[SamplingParams] | None
 
 
 @dataclass(frozen=True)
 class CompletionOutput:
-    """One completion. token_ids has the token that ended it, text has not, nor a stop string.
+    """One completion. token_ids has the token that ended it; text has not, nor a stop string.
 
-    finish_reason: "stop" (an end-of-sequence or stop token, a stop string) or "length".
+    finish_reason: "stop" (an end-of-sequence or stop token, a stop string) or "length"; None while
+    it is not finished.
     """
 
     index: int
     text: str
     token_ids: list[int]
-    finish_reason: str
+    finish_reason: str | None
 
 
 @dataclass(frozen=True)
@@ -47,18 +48,22 @@ class RequestOutput:
 
 @dataclass(frozen=True)
 class StreamOutput:
-    """One token, and the text that it settled: "" while more tokens may still change it.
+    """One more token. text: what it settled, "" while more tokens may still change its characters.
 
-    finish_reason: None until the last.
+    request: all so far; its text is that of the stream up to here.
     """
 
     text: str
     token_id: int
-    finish_reason: str | None
+    request: RequestOutput
+
+    @property
+    def finish_reason(self) -> str | None:
+        return self.request.outputs[0].finish_reason
 
 
 class LLM:
-    """A loaded model with its tokenizer and KV cache.
+    """A loaded model with its tokenizer and KV cache. Not for several threads at once.
 
     model: an HF directory, dense or quantized, a .gguf file, or a hub id. max_model_len: tokens of
     prompt and output together; None is what the model takes, at most 4096. max_num_seqs: sequences
@@ -79,36 +84,31 @@ class LLM:
         trust_remote_code: bool = False,
         revision: str | None = None,
     ) -> None:
-        if dtype not in DTYPES:
-            raise RequestError(f"dtype {dtype!r} is unknown; known: {', '.join(DTYPES)}")
         if max_num_seqs < 1:
             raise RequestError(f"max_num_seqs is {max_num_seqs}; it must be at least 1")
-        target = select_device(device)
+        target, kind = select_device(device), select_dtype(dtype)
         directory = resolve_model(
             str(model), revision=revision, trust_remote_code=trust_remote_code
         )
         self.tokenizer = load_tokenizer(directory, trust_remote_code)
-        self.model = load_decoder(
-            directory, device=target, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code
-        )
-        config = self.model.config
-        longest = config.max_position_embeddings
-        self.max_model_len = min(longest, DEFAULT_MODEL_LEN)
-        if max_model_len is not None:
-            if not 2 <= max_model_len <= longest:
-                raise RequestError(
-                    f"max_model_len is {max_model_len}; this model allows 2 to {longest}"
-                )
-            self.max_model_len = max_model_len
         self.eos_token_ids = end_of_sequence_ids(directory, self.tokenizer)
+        self.model = load_decoder(
+            directory, device=target, dtype=kind, trust_remote_code=trust_remote_code
+        )
+        longest = self.model.config.max_position_embeddings
+        if max_model_len is None:
+            max_model_len = min(longest, DEFAULT_MODEL_LEN)
+        if not 2 <= max_model_len <= longest:
+            raise RequestError(
+                f"max_model_len is {max_model_len}; this model allows 2 to {longest}"
+            )
+        self.max_model_len = max_model_len
         self.cache = KVCache(
-            config, max_num_seqs, self.max_model_len, dtype=self.model.dtype, device=target
+            self.model.config, max_num_seqs, max_model_len, dtype=self.model.dtype, device=target
         )
 
     def generate(
-        self,
-        prompts: str | list[str] | list[list[int]],
-        sampling_params: ParamsOrList = None,
+        self, prompts: str | Sequence[str | list[int]], sampling_params: Params = None
     ) -> list[RequestOutput]:
         """A completion of each prompt, in the prompts' order.
 
@@ -116,81 +116,77 @@ class LLM:
         each; None is SamplingParams(). Raises RequestError, before any work, where a prompt is
         empty or too long.
         """
-        batch: list[str] | list[list[int]] = [prompts] if isinstance(prompts, str) else prompts
-        texts = [prompt if isinstance(prompt, str) else None for prompt in batch]
-        requests = self._requests([self._encode(prompt) for prompt in batch], sampling_params)
-        return self._run(requests, texts)
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        encoded = [self._encode(prompt) for prompt in prompts]
+        texts = [prompt if isinstance(prompt, str) else None for prompt in prompts]
+        return self._run(self._requests(encoded, texts, sampling_params))
 
     def chat(
-        self,
-        messages: list[Message] | list[list[Message]],
-        sampling_params: ParamsOrList = None,
+        self, messages: list[Message] | list[list[Message]], sampling_params: Params = None
     ) -> list[RequestOutput]:
-        """The next message of one conversation or of several; arguments and errors as `generate`.
+        """The next message of one conversation or of several; otherwise as `generate`.
 
-        messages: {"role": ..., "content": ...} each, put together by the tokenizer's chat template.
+        messages: {"role": ..., "content": ...} each.
         """
         is_one = not messages or isinstance(messages[0], dict)
         conversations: list[Any] = [messages] if is_one else messages
-        texts = [self.render_chat(conversation) for conversation in conversations]
-        ids = [self._encode(text, add_special_tokens=False) for text in texts]
-        return self._run(self._requests(ids, sampling_params), texts)
+        texts = [self._render(conversation) for conversation in conversations]
+        encoded = [self._encode(text, add_special_tokens=False) for text in texts]
+        return self._run(self._requests(encoded, texts, sampling_params))
+
+    def chat_prompt(self, messages: str | list[Message]) -> list[int]:
+        """A conversation as a prompt for `generate` or `stream`; a str is one message of a user."""
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        return self._encode(self._render(messages), add_special_tokens=False)
 
     def stream(
-        self,
-        prompt: str | list[int] | list[Message],
-        sampling_params: SamplingParams | None = None,
+        self, prompt: str | list[int], sampling_params: SamplingParams | None = None
     ) -> Iterator[StreamOutput]:
-        """One completion, token by token; the texts put together are `generate`'s, or `chat`'s.
+        """One completion, token by token; the texts, put together, are the text of `generate`.
 
-        prompt: a text, token ids, or the messages of a chat. Errors as `generate`, at the call. The
-        stream holds a slot of the cache from its first token until it ends or is closed.
+        Raises RequestError as `generate` does, at the call. The stream holds a slot of the cache
+        from its first token until it ends or is closed.
         """
-        if isinstance(prompt, list) and prompt and isinstance(prompt[0], dict):
-            rendered = self.render_chat(prompt)
-            ids = self._encode(rendered, add_special_tokens=False)
-        else:
-            ids = self._encode(prompt)
-        return self._stream(self._requests([ids], sampling_params)[0])
+        text = prompt if isinstance(prompt, str) else None
+        return self._stream(self._requests([self._encode(prompt)], [text], sampling_params)[0])
 
-    def render_chat(self, messages: list[Any]) -> str:
-        """The text that the model sees of a conversation whose next message it writes.
-
-        Special tokens are spelled out in it: encode it with add_special_tokens=False.
-        """
+    def _render(self, messages: Any) -> str:
         if not getattr(self.tokenizer, "chat_template", None):
-            raise RequestError("the model's tokenizer has no chat template; use generate")
+            raise RequestError("this model's tokenizer has no chat template; use generate")
         try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=True
-                )
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
             )
         except Exception as error:  # a template may refuse in any way, and so may malformed input
             raise RequestError(f"the chat template refuses these messages: {error}") from error
+        return str(text)
 
     def _encode(self, prompt: Any, *, add_special_tokens: bool = True) -> list[int]:
-        """A text's token ids, or checked token ids as they are."""
+        """A text's token ids, or token ids as they are.
+
+        Without special tokens for the text of a chat template, which spells them out itself.
+        """
         if isinstance(prompt, str):
             return list(self.tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"])
-        vocab_size = self.model.config.vocab_size
         if not isinstance(prompt, list) or not all(type(token) is int for token in prompt):
             raise RequestError(f"a prompt is a string or a list of token ids, not {prompt!r:.80}")
+        vocab_size = self.model.config.vocab_size
         if wrong := [token for token in prompt if not 0 <= token < vocab_size]:
             raise RequestError(f"token id {wrong[0]} is outside the vocabulary of {vocab_size}")
-        return prompt
+        return list(prompt)
 
-    def _requests(self, prompts: list[list[int]], sampling_params: ParamsOrList) -> list[Request]:
-        if isinstance(sampling_params, list):
-            if len(sampling_params) != len(prompts):
-                raise RequestError(
-                    f"there are {len(prompts)} prompts and {len(sampling_params)} sampling params; "
-                    "give one for all, or one for each"
-                )
-            params = sampling_params
-        else:
-            params = [sampling_params or SamplingParams()] * len(prompts)
-        for index, ids in enumerate(prompts):
+    def _requests(
+        self, encoded: list[list[int]], texts: Sequence[str | None], sampling_params: Params
+    ) -> list[Request]:
+        if sampling_params is None or isinstance(sampling_params, SamplingParams):
+            sampling_params = [sampling_params or SamplingParams()] * len(encoded)
+        if len(sampling_params) != len(encoded):
+            raise RequestError(
+                f"there are {len(encoded)} prompts and {len(sampling_params)} sampling params; "
+                "give one for all, or one for each"
+            )
+        for index, ids in enumerate(encoded):
             if not ids:
                 raise RequestError(f"prompt {index} is empty: it has no token to go on from")
             if len(ids) >= self.max_model_len:
@@ -198,32 +194,19 @@ class LLM:
                     f"prompt {index} has {len(ids)} tokens; the limit is {self.max_model_len - 1} "
                     f"(max_model_len {self.max_model_len}, less one token of output)"
                 )
-        return [
-            Request(ids, one, one.generator()) for ids, one in zip(prompts, params, strict=True)
-        ]
+        rows = zip(texts, encoded, sampling_params, strict=True)
+        return [Request(text, ids, params, params.generator()) for text, ids, params in rows]
 
-    def _run(self, requests: list[Request], prompts: list[Any]) -> list[RequestOutput]:
-        """Run requests to their ends; prompts are their texts, or None."""
+    def _run(self, requests: list[Request]) -> list[RequestOutput]:
         texts = {r: TextStream(self.tokenizer, r.params.stop_strings) for r in requests}
         scheduler = Scheduler(self.model, self.cache, self.eos_token_ids, requests)
         try:
             while scheduler.unfinished:
                 for request in scheduler.step():
-                    self._add_text(scheduler, request, texts[request])
+                    _add_text(scheduler, request, texts[request])
         finally:
             scheduler.close()
-        return [
-            RequestOutput(
-                prompt,
-                request.prompt_token_ids,
-                [
-                    CompletionOutput(
-                        0, texts[request].text, request.token_ids, str(request.finish_reason)
-                    )
-                ],
-            )
-            for request, prompt in zip(requests, prompts, strict=True)
-        ]
+        return [_output(request, texts[request].text) for request in requests]
 
     def _stream(self, request: Request) -> Iterator[StreamOutput]:
         text = TextStream(self.tokenizer, request.params.stop_strings)
@@ -231,19 +214,26 @@ class LLM:
         try:
             while scheduler.unfinished:
                 scheduler.step()
-                self._add_text(scheduler, request, text)
-                yield StreamOutput(text.take(), request.token_ids[-1], request.finish_reason)
+                _add_text(scheduler, request, text)
+                delta = text.take()
+                yield StreamOutput(delta, request.token_ids[-1], _output(request, text.taken))
         finally:
             scheduler.close()
 
-    def _add_text(self, scheduler: Scheduler, request: Request, text: TextStream) -> None:
-        """Decode a request's newest token, and end the request where a stop string is complete."""
-        if request.finish_reason != "stop":  # the token that stopped it is no text
-            text.push(request.token_ids[-1])
-        if request.finish_reason is not None:
-            text.flush()
-        if text.stopped:
-            scheduler.finish(request, "stop")
+
+def _add_text(scheduler: Scheduler, request: Request, text: TextStream) -> None:
+    """Decode a request's newest token; end the request where that completes a stop string."""
+    if request.finish_reason != "stop":  # the token that stopped it is no text
+        text.push(request.token_ids[-1])
+    if request.finish_reason is not None:
+        text.flush()
+    if text.stopped:
+        scheduler.finish(request, "stop")
+
+
+def _output(request: Request, text: str) -> RequestOutput:
+    completion = CompletionOutput(0, text, list(request.token_ids), request.finish_reason)
+    return RequestOutput(request.prompt, request.prompt_token_ids, [completion])
 
 
 class TextStream:
@@ -260,11 +250,16 @@ class TextStream:
         self._tokenizer = tokenizer
         self._stop = stop
         self._ended = False
-        self._taken = 0  # characters of the text
+        self._taken = 0  # characters
         # Decoded are the tokens before _read. Those from _start on are decoded again as context:
         # a token's text depends on whether one comes before it.
         self._ids: list[int] = []
         self._start = self._read = 0
+
+    @property
+    def taken(self) -> str:
+        """All that `take` has given."""
+        return self.text[: self._taken]
 
     def push(self, token: int) -> None:
         self._ids.append(token)
@@ -312,13 +307,9 @@ class TextStream:
             self.text = self.text[: min(found)[1]]
 
     def _possible_stop(self) -> int:
-        """Characters at the end of the text that begin a stop string; the most there are."""
-        lengths = (k for stop in self._stop for k in range(1, len(stop)))
-        return max((k for k in lengths if self._ends_with_start(k)), default=0)
-
-    def _ends_with_start(self, count: int) -> bool:
-        end = self.text[-count:]
-        return any(len(stop) > count and stop.startswith(end) for stop in self._stop)
+        """How many characters at the end of the text begin a stop string, at most."""
+        starts = (stop[:length] for stop in self._stop for length in range(1, len(stop)))
+        return max((len(start) for start in starts if self.text.endswith(start)), default=0)
 
 
 def end_of_sequence_ids(directory: Path, tokenizer: Any) -> frozenset[int]:

@@ -21,8 +21,9 @@ from quant.runtime.sampling import SamplingParams, sample
 
 @dataclass(eq=False)
 class Request:
-    """One sequence on its way: the prompt, how to go on, and what came of it so far."""
+    """One sequence: its prompt, how to go on from it, and what came of it so far."""
 
+    prompt: str | None  # its text, where text was given
     prompt_token_ids: list[int]
     params: SamplingParams
     generator: torch.Generator
