@@ -2,7 +2,8 @@
 
 Protocol: SmolLM2-135M-Instruct, 64 x 512 calibration tokens from WikiText-2's validation split,
 the first 10 windows of 2,048 tokens of its test split. llm-compressor's plain GPTQ in the same
-format on the same tokens gives 25.56 (w4afp8) and 26.75 (w4a8), group size 64; the BF16 model 19.92.
+format on the same tokens gives 25.56 (w4afp8) and 26.75 (w4a8) with group size 64; the BF16 model
+19.92.
 """
 
 from __future__ import annotations
