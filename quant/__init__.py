@@ -1,5 +1,7 @@
 """fourbyeight: 4-bit weights by 8-bit activations for Hugging Face decoder checkpoints.
 
+For example:
+
     from quant import LLM, SamplingParams, quantize
 
     quantize("Qwen/Qwen3-8B", "Qwen3-8B-w4afp8", scheme="w4afp8")

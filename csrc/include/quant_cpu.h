@@ -10,7 +10,7 @@
 #define QUANT_CPU_API __attribute__((visibility("default")))
 
 // Goes up with every change that an already built caller would notice.
-#define QUANT_CPU_ABI_VERSION 1
+#define QUANT_CPU_ABI_VERSION 2
 
 #ifdef __cplusplus
 extern "C" {
@@ -38,6 +38,13 @@ QUANT_CPU_API const char* quant_cpu_error_string(int status);
 // not read out. Pointers may be null where rows or columns is 0.
 QUANT_CPU_API int quant_cpu_unpack_int4(const int32_t* packed, int64_t rows, int64_t words_per_row,
                                         int64_t columns, int8_t* codes);
+
+// The values of E4M3 codes (1 sign, 4 exponent, 3 mantissa bits, bias 7; no infinities):
+//
+//   values[i] = +-2^(e - 7) (1 + m / 8), or +-2^-6 m / 8 where e = 0; NaN where e = 15 and m = 7
+//
+// codes and values [count] are dense and must not overlap. Pointers may be null where count is 0.
+QUANT_CPU_API int quant_cpu_e4m3_to_float(const uint8_t* codes, int64_t count, float* values);
 
 #ifdef __cplusplus
 }

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from quant_kernels import native
 
-ABI = 1
+ABI = 2
 CODES_PER_WORD = 8
 
 
@@ -66,6 +66,31 @@ def unpack_int4(packed: Tensor, columns: int) -> Tensor:
     return codes
 
 
+def e4m3_to_float(codes: Tensor) -> Tensor:
+    """The values of E4M3 codes: float8_e4m3fn [...] on the CPU, contiguous -> FP32 of that shape.
+
+    Exact, as `codes.float()` is, and several times faster than it.
+
+    Raises:
+        ValueError: `codes` is not as described.
+        LibraryMissing: libquant_cpu.so was not built.
+    """
+    found = f"{codes.dtype} {list(codes.shape)} on {codes.device}"
+    if codes.device.type != "cpu" or codes.dtype != torch.float8_e4m3fn:
+        raise ValueError(f"e4m3_to_float: codes must be float8_e4m3fn on the CPU, not {found}")
+    if not codes.is_contiguous():
+        raise ValueError(
+            f"e4m3_to_float: codes must be contiguous, but {found} has strides {codes.stride()}"
+        )
+    library = _library()
+    values = torch.empty(codes.shape, dtype=torch.float32)
+    status = library.quant_cpu_e4m3_to_float(codes.data_ptr(), codes.numel(), values.data_ptr())
+    if status:
+        reason = library.quant_cpu_error_string(status).decode()
+        raise RuntimeError(f"e4m3_to_float: {reason} (codes {found})")
+    return values
+
+
 @functools.cache
 def _library() -> ctypes.CDLL:
     library = native.load("quant_cpu", ABI)
@@ -77,5 +102,10 @@ def _library() -> ctypes.CDLL:
         ctypes.c_int64,  # words_per_row
         ctypes.c_int64,  # columns
         ctypes.c_void_p,  # codes
+    ]
+    library.quant_cpu_e4m3_to_float.argtypes = [
+        ctypes.c_void_p,  # codes
+        ctypes.c_int64,  # count
+        ctypes.c_void_p,  # values
     ]
     return library

@@ -31,6 +31,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quant_kernels import cpu
+
 CODE_MIN, CODE_MAX = -8, 7
 E4M3_MAX = 448.0
 INT8_MAX = 127.0
@@ -113,7 +115,14 @@ def round_e4m3(x: Tensor) -> Tensor:
 
     `torch.float8_e4m3fn` rounds to nearest even but turns overflow into NaN, hence the clamp.
     """
-    return x.float().clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float()
+    return e4m3_values(x.float().clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn))
+
+
+def e4m3_values(codes: Tensor) -> Tensor:
+    """float8_e4m3fn codes [...] -> their values, FP32; exact."""
+    if codes.device.type == "cpu" and cpu.available():
+        return cpu.e4m3_to_float(codes.contiguous())
+    return codes.float()
 
 
 def round_row_unit(c: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from quant_kernels.formats import (
     E4M3_MAX,
     INT8_MAX,
     FormatError,
+    e4m3_values,
     kernel_operand,
 )
 from quant_kernels.packing import CODES_PER_WORD, PackedWeight, unpack_int4
@@ -47,7 +48,8 @@ def quantize_activation(x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
 
 def dequantize_activation(codes: Tensor, scale: Tensor) -> Tensor:
     """codes [..., K], scale [..., 1] -> what the kernel sees of x, FP32."""
-    return codes.float() * scale
+    values = e4m3_values(codes) if codes.dtype == torch.float8_e4m3fn else codes.float()
+    return values.mul_(scale)
 
 
 def gemm_w4afp8(
@@ -67,7 +69,7 @@ def gemm_w4afp8(
     # E4M3 codes and lut operands are exact in BF16, so hardware BF16 products lose nothing.
     exact_in_bf16 = weight.fmt.numerics == "lut" or weight.fmt.per_channel
     with bf16_products(exact_in_bf16):
-        acc = x_codes.float() @ operand.T
+        acc = e4m3_values(x_codes) @ operand.T
     return _epilogue(acc, x_scale, c, bias, out_dtype)
 
 

@@ -210,3 +210,37 @@ def test_cuda_sees_the_gpus_that_torch_sees():
     count = torch.cuda.device_count()
     expected = [(device, torch.cuda.get_device_capability(device)) for device in range(count)]
     assert cuda.devices() == expected
+
+
+def test_e4m3_to_float_knows_every_code():
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    # Any order and any length, so that no vector tail is left out.
+    for length in (256, 255, 1, 17):
+        order = torch.randperm(256, generator=torch.Generator().manual_seed(length))[:length]
+        some = codes.view(torch.uint8)[order].view(torch.float8_e4m3fn)
+        values = cpu.e4m3_to_float(some)
+        zeros = values == 0
+        assert torch.equal(values[zeros].signbit(), some.float()[zeros].signbit())
+        torch.testing.assert_close(values, some.float(), rtol=0, atol=0, equal_nan=True)
+    assert cpu.e4m3_to_float(codes.view(4, 64)).shape == (4, 64)
+    assert cpu.e4m3_to_float(codes[:0]).shape == (0,)
+
+
+def test_e4m3_to_float_refuses_what_it_cannot_read():
+    codes = torch.zeros(4, 6).to(torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match=r"contiguous.*\[6, 4\]"):
+        cpu.e4m3_to_float(codes.T)
+    with pytest.raises(ValueError, match="float8_e4m3fn"):
+        cpu.e4m3_to_float(codes.float())
+
+
+def test_e4m3_to_float_stays_inside_its_output():
+    library = native.load("quant_cpu", cpu.ABI)
+    codes = torch.full((21,), 0x38, dtype=torch.uint8)  # 1.0
+    values = torch.full((23,), -7.0)
+    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (codes, values)]
+    status = library.quant_cpu_e4m3_to_float(pointers[0], ctypes.c_int64(20), pointers[1])
+    assert status == OK
+    assert values.tolist() == [1.0] * 20 + [-7.0] * 3
+    assert library.quant_cpu_e4m3_to_float(pointers[0], ctypes.c_int64(-1), None) == NEGATIVE_SIZE
+    assert library.quant_cpu_e4m3_to_float(None, ctypes.c_int64(1), pointers[1]) == NULL_POINTER

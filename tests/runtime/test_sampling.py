@@ -101,6 +101,9 @@ def test_ties_go_to_the_lower_token() -> None:
     logits = torch.tensor([[1.0, 2.0, 2.0, 2.0, 1.0]])
     weights = token_weights(logits, [SamplingParams(top_k=2)])
     assert weights[0].nonzero().flatten().tolist() == [1, 2]
+    # Two of four equal tokens are half of the mass, exactly.
+    weights = token_weights(torch.zeros(1, 4), [SamplingParams(top_p=0.5)])
+    assert weights[0].nonzero().flatten().tolist() == [0, 1]
 
 
 def test_draw_is_the_inverse_of_the_cumulative_sum() -> None:
