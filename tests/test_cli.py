@@ -292,3 +292,27 @@ def test_python_m_quant_is_the_command(tmp_path: Path) -> None:
     )
     assert done.returncode == 2
     assert "no such directory" in " ".join(done.stderr.split())
+
+
+def test_the_readme_documents_every_key(
+    run: Run, tiny_checkpoint: Any, calibration_text: Path, small: list[str], tmp_path: Path
+) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    source, output, figures = tiny_checkpoint("llama"), tmp_path / "out", tmp_path / "figures.json"
+    request = ["run", source, "-o", output, *small]
+    text = ["--dataset", calibration_text, "--max-seq-length", 64]
+    for command in (
+        [*request, "--dry-run"],
+        request,
+        ["inspect", output],
+        ["eval", output, *text],
+        ["generate", output, "-p", "a", "--max-tokens", 2],
+        ["doctor"],
+    ):
+        code, _, err = run(*command, "--json", figures)
+        assert code == 0, err
+        found = json.loads(figures.read_text())
+        rows = [row for rows in found.values() if isinstance(rows, list) for row in rows[:1]]
+        keys = [*found, *(key for row in rows if isinstance(row, dict) for key in row)]
+        for key in keys:
+            assert f"`{key}`" in readme or f"`{key}[]`" in readme, (command[0], key)

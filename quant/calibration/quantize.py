@@ -60,7 +60,15 @@ class RunPlan:
         return {
             **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)},
             "recipe": self.recipe.to_dict(),
-            "layers": [dataclasses.asdict(row) for row in self.layers],
+            "layers": [
+                {
+                    "name": row.name,
+                    "shape": row.shape,
+                    "format": row.fmt.label if row.fmt else None,
+                    "bits_per_weight": row.bits_per_weight,
+                }
+                for row in self.layers
+            ],
             "bits_per_weight": self.bits_per_weight,
         }
 

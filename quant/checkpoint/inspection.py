@@ -60,10 +60,8 @@ def inspect_checkpoint(directory: Path, *, trust_remote_code: bool = False) -> I
                 stored = reader.dtype(f"{name}.weight")
                 rows.append(LayerRow(name, shape, stored, stored, FLOAT_BITS[stored], None))
                 continue
-            group = "channel" if fmt.per_channel else f"g{fmt.group_size}"
-            label = f"{fmt.scheme} {group} {fmt.numerics}"
             bits = bits_per_weight(*shape, fmt)
-            rows.append(LayerRow(name, shape, label, fmt.activation, bits, errors.get(name)))
+            rows.append(LayerRow(name, shape, fmt.label, fmt.activation, bits, errors.get(name)))
     has_side_file = (directory / SIDE_FILE).is_file()
     return Inspection(
         directory=str(directory),

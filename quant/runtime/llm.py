@@ -11,13 +11,13 @@ from quant.checkpoint.reader import load_tokenizer
 from quant.checkpoint.source import read_json, resolve_model
 from quant.device import select_device, select_dtype
 from quant.errors import RequestError
+from quant.runtime.detokenizer import TextStream
 from quant.runtime.kv_cache import KVCache
 from quant.runtime.model import load_decoder
 from quant.runtime.sampling import SamplingParams
 from quant.runtime.scheduler import Request, Scheduler
 
 DEFAULT_MODEL_LEN = 4096  # a cache for every position of a 128k model would not fit most machines
-INCOMPLETE = "\ufffd"  # what a tokenizer decodes part of a character to
 
 Message = dict[str, Any]  # {"role": "user", "content": "..."}
 Params = SamplingParams | Sequence[SamplingParams] | None
@@ -141,15 +141,21 @@ class LLM:
         return self._encode(self._render(messages), add_special_tokens=False)
 
     def stream(
-        self, prompt: str | list[int], sampling_params: SamplingParams | None = None
+        self,
+        prompt: str | list[int] | list[Message],
+        sampling_params: SamplingParams | None = None,
     ) -> Iterator[StreamOutput]:
-        """One completion, token by token; the texts, put together, are the text of `generate`.
+        """One completion, token by token; the texts, put together, are what `generate` gives.
 
-        Raises RequestError as `generate` does, at the call. The stream holds a slot of the cache
-        from its first token until it ends or is closed.
+        prompt: as for `generate`, or the messages of a conversation as for `chat`. Raises
+        RequestError as those do, at the call. The stream holds a slot of the cache from its first
+        token until it ends or is closed.
         """
-        text = prompt if isinstance(prompt, str) else None
-        return self._stream(self._requests([self._encode(prompt)], [text], sampling_params)[0])
+        is_chat = isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], dict)
+        content = self._render(prompt) if is_chat else prompt
+        ids = self._encode(content, add_special_tokens=not is_chat)
+        text = content if isinstance(content, str) else None
+        return self._stream(self._requests([ids], [text], sampling_params)[0])
 
     def _render(self, messages: Any) -> str:
         if not getattr(self.tokenizer, "chat_template", None):
@@ -234,82 +240,6 @@ def _add_text(scheduler: Scheduler, request: Request, text: TextStream) -> None:
 def _output(request: Request, text: str) -> RequestOutput:
     completion = CompletionOutput(0, text, list(request.token_ids), request.finish_reason)
     return RequestOutput(request.prompt, request.prompt_token_ids, [completion])
-
-
-class TextStream:
-    """Tokens in, text out, as soon as no later token can change it.
-
-    Held back: bytes of a character that is not complete, and an end of the text that may turn out
-    to be the beginning of a stop string. Of several stop strings the one that is complete first
-    counts, so that the text does not depend on how it was cut into tokens.
-    """
-
-    def __init__(self, tokenizer: Any, stop: tuple[str, ...]) -> None:
-        self.text = ""  # whole characters; ends before the stop string
-        self.stopped = False
-        self._tokenizer = tokenizer
-        self._stop = stop
-        self._ended = False
-        self._taken = 0  # characters
-        # Decoded are the tokens before _read. Those from _start on are decoded again as context:
-        # a token's text depends on whether one comes before it.
-        self._ids: list[int] = []
-        self._start = self._read = 0
-
-    @property
-    def taken(self) -> str:
-        """All that `take` has given."""
-        return self.text[: self._taken]
-
-    def push(self, token: int) -> None:
-        self._ids.append(token)
-        new = self._undecoded()
-        if new and not new.endswith(INCOMPLETE):
-            self._append(new)
-
-    def flush(self) -> None:
-        """No token will follow: what was held back is text."""
-        self._append(self._undecoded())
-        self._ended = True
-
-    def take(self) -> str:
-        """The text that is settled and was not taken before."""
-        held = 0 if self._ended or self.stopped else self._possible_stop()
-        end = len(self.text) - held
-        delta = self.text[self._taken : end]
-        self._taken = end
-        return delta
-
-    def _undecoded(self) -> str:
-        context = self._decode(self._ids[self._start : self._read])
-        return self._decode(self._ids[self._start :])[len(context) :]
-
-    def _decode(self, ids: list[int]) -> str:
-        return str(
-            self._tokenizer.decode(
-                ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-            )
-        )
-
-    def _append(self, new: str) -> None:
-        self._start, self._read = self._read, len(self._ids)
-        if self.stopped:
-            return
-        before = len(self.text)
-        self.text += new
-        found = []
-        for stop in self._stop:
-            at = self.text.find(stop, max(0, before - len(stop) + 1))
-            if at >= 0:
-                found.append((at + len(stop), at))
-        if found:
-            self.stopped = True
-            self.text = self.text[: min(found)[1]]
-
-    def _possible_stop(self) -> int:
-        """How many characters at the end of the text begin a stop string, at most."""
-        starts = (stop[:length] for stop in self._stop for length in range(1, len(stop)))
-        return max((len(start) for start in starts if self.text.endswith(start)), default=0)
 
 
 def end_of_sequence_ids(directory: Path, tokenizer: Any) -> frozenset[int]:

@@ -350,6 +350,7 @@ def test_a_chat_is_its_template_as_a_prompt(load_llm: LoadLLM) -> None:
     assert output.prompt_token_ids == llm.chat_prompt(messages)
     assert output.prompt_token_ids.count(256) == 4
     assert llm.generate([llm.chat_prompt(messages)], GREEDY)[0].outputs == output.outputs
+    assert list(llm.stream(messages, GREEDY))[-1].request == output
     several = llm.chat([messages, messages[:1]], GREEDY)
     assert several[0] == output
     assert several[1].prompt_token_ids == llm.chat_prompt("Hello")
@@ -367,7 +368,10 @@ def test_a_chat_spells_its_first_token_once(load_llm: LoadLLM, byte_tokenizer: A
     )
     (output,) = llm.generate("a", GREEDY)
     assert output.prompt_token_ids == [256, *spell(load_llm(), "a")]
-    assert llm.chat_prompt("a")[:2] == [256, spell(load_llm(), "u")[0]]
+    chat = [{"role": "user", "content": "a"}]
+    assert llm.chat_prompt(chat)[:2] == [256, spell(load_llm(), "u")[0]]
+    assert llm.chat(chat, GREEDY)[0].prompt_token_ids == llm.chat_prompt(chat)
+    assert next(llm.stream(chat, GREEDY)).request.prompt_token_ids == llm.chat_prompt(chat)
 
 
 def test_a_chat_that_cannot_be_rendered_is_refused(load_llm: LoadLLM) -> None:
