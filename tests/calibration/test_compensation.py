@@ -12,21 +12,15 @@ from quant.calibration.compensation import (
 )
 from quant.calibration.scales import choose_scales
 from quant_kernels.formats import (
-    GROUP_SIZES,
-    NUMERICS,
     WeightFormat,
     effective_weight,
+    every_format,
     nearest_codes,
     product_levels,
     split_scales,
 )
 
-FORMATS = [
-    WeightFormat(scheme, group_size, numerics)
-    for scheme, every in NUMERICS.items()
-    for numerics in every
-    for group_size in (*GROUP_SIZES, -1)
-]
+FORMATS = every_format()
 LUT_32 = WeightFormat("w4afp8", 32, "lut")
 CHANNEL = WeightFormat("w4a8", -1, "int8")
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from quant.calibration.scales import METHODS, choose_scales
+from quant.calibration.scales import choose_scales
+from quant.recipe import SCALE_SEARCHES
 from quant_kernels.formats import (
-    GROUP_SIZES,
-    NUMERICS,
     WeightFormat,
     effective_weight,
+    every_format,
     join_scales,
     nearest_codes,
     on_grid,
@@ -17,12 +17,7 @@ from quant_kernels.formats import (
     round_row_unit,
 )
 
-FORMATS = [
-    WeightFormat(scheme, group_size, numerics)
-    for scheme, every in NUMERICS.items()
-    for numerics in every
-    for group_size in (*GROUP_SIZES, -1)
-]
+FORMATS = every_format()
 ANCHORED = [fmt for fmt in FORMATS if fmt.anchor is not None]
 EXACT_128 = WeightFormat("w4afp8", 128, "exact")
 
@@ -164,7 +159,7 @@ def test_absmax_covers_the_range_but_for_half_a_step(fmt):
 
 
 @each_format
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SCALE_SEARCHES)
 def test_rows_are_chosen_independently(fmt, method):
     # Fused layers are quantized together; each row must come out as it would alone.
     weight, moments = example(uneven_columns)
@@ -174,7 +169,7 @@ def test_rows_are_chosen_independently(fmt, method):
 
 
 @each_format
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SCALE_SEARCHES)
 def test_scales_follow_a_power_of_two(fmt, method):
     weight, moments = example(gaussian)
     small = choose_scales(weight / 256, fmt, method, moments)

@@ -10,14 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quant.calibration.scales import METHODS, choose_scales
+from quant.calibration.scales import choose_scales
+from quant.recipe import SCALE_SEARCHES
 from quant_kernels.formats import (
     GROUP_SIZES,
-    NUMERICS,
     FormatError,
     WeightFormat,
     bits_per_weight,
     effective_weight,
+    every_format,
     join_scales,
     kernel_operand,
     midpoints,
@@ -29,12 +30,7 @@ from quant_kernels.formats import (
     split_scales,
 )
 
-FORMATS = [
-    WeightFormat(scheme, group_size, numerics)
-    for scheme, every in NUMERICS.items()
-    for numerics in every
-    for group_size in (*GROUP_SIZES, -1)
-]
+FORMATS = every_format()
 ANCHORED = [fmt for fmt in FORMATS if fmt.numerics != "exact" and fmt.group_size != -1]
 LUT_32 = WeightFormat("w4afp8", 32, "lut")
 EXACT_32 = WeightFormat("w4afp8", 32, "exact")
@@ -247,7 +243,7 @@ def test_scales_off_the_grid_are_told_apart(fmt):
 
 
 @each_format
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SCALE_SEARCHES)
 def test_chosen_scales_are_on_the_grid_with_the_anchor_in_every_row(fmt, method):
     generator = torch.Generator().manual_seed(3)
     weight = torch.randn(24, 384, generator=generator) * torch.logspace(-6, 3, 24).unsqueeze(1)
@@ -273,7 +269,7 @@ def test_vllm_loader_recovers_group_scales_and_row_units_exactly(fmt):
     weight *= torch.logspace(-4, 2, 96).unsqueeze(1)
     weight[:, ::128] *= 9.0
     moments = torch.rand(1152) + 0.1
-    for method in METHODS:
+    for method in SCALE_SEARCHES:
         scales = choose_scales(weight, fmt, method, moments)
         c = scales.float().amax(dim=1, keepdim=True) / 448
         t = (scales.float() / c).to(torch.float8_e4m3fn).float()

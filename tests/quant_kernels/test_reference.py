@@ -9,22 +9,16 @@ from torch import Tensor
 from quant.calibration.scales import choose_scales
 from quant_kernels import reference
 from quant_kernels.formats import (
-    GROUP_SIZES,
-    NUMERICS,
     FormatError,
     WeightFormat,
     effective_weight,
+    every_format,
     kernel_operand,
     nearest_codes,
 )
 from quant_kernels.packing import PackedWeight, pack_int4, unpack_int4
 
-FORMATS = [
-    WeightFormat(scheme, group_size, numerics)
-    for scheme, every in NUMERICS.items()
-    for numerics in every
-    for group_size in (*GROUP_SIZES, -1)
-]
+FORMATS = every_format()
 INT8_FORMATS = [fmt for fmt in FORMATS if fmt.scheme == "w4a8"]
 FP8_FORMATS = [fmt for fmt in FORMATS if fmt.scheme == "w4afp8"]
 LUT_128 = WeightFormat("w4afp8", 128, "lut")
