@@ -148,6 +148,15 @@ def check_model_type(model_type: str) -> None:
         )
 
 
+def check_length(length: int, cfg: DecoderConfig) -> None:
+    """RequestError where a sequence is longer than the model's positions reach."""
+    if length > cfg.max_position_embeddings:
+        raise RequestError(
+            f"sequences of {length} tokens are longer than this model takes: its "
+            f"max_position_embeddings is {cfg.max_position_embeddings}; lower --max-seq-length"
+        )
+
+
 def block_prefix(layer: int) -> str:
     return f"model.layers.{layer}."
 
@@ -173,6 +182,8 @@ def _rotary_frequencies(config: Any, head_dim: int) -> tuple[Tensor, float]:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     rope: Mapping[str, Any] = config.rope_parameters or {}
+    if any(isinstance(value, Mapping) for value in rope.values()):
+        raise RequestError("rotary embeddings that differ by layer type are not supported")
     rope_type = rope.get("rope_type", "default")
     if rope_type not in ROPE_TYPES:
         raise RequestError(

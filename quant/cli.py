@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -47,6 +49,24 @@ TrustRemoteCode = Annotated[
 ]
 
 
+def print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"fourbyeight {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=print_version, is_eager=True, help="Print the version, and exit."
+        ),
+    ] = False,
+) -> None:
+    """4-bit weights by 8-bit activations for Hugging Face decoder checkpoints."""
+
+
 @app.command()
 def run(
     model: Model,
@@ -54,21 +74,33 @@ def run(
         Path, typer.Option("--output", "-o", metavar="OUT", help="Directory to make.")
     ],
     recipe: Annotated[str, typer.Option(help="A preset (gptq, rtn) or a YAML file.")] = "gptq",
-    scheme: Annotated[str | None, typer.Option(help="w4afp8 or w4a8.")] = None,
+    scheme: Annotated[
+        str | None, typer.Option(help="w4afp8 or w4a8. [recipe, else w4afp8]")
+    ] = None,
     group_size: Annotated[
-        int | None, typer.Option(help="32, 64, 128, or -1 for per channel.")
+        int | None,
+        typer.Option(help="32, 64, 128, or -1 for per channel. [recipe, else 128]"),
     ] = None,
-    numerics: Annotated[str | None, typer.Option(help="w4afp8: lut or exact.")] = None,
+    numerics: Annotated[
+        str | None, typer.Option(help="w4afp8: lut or exact. [recipe, else lut]")
+    ] = None,
     dataset: Annotated[
-        str | None, typer.Option(help="builtin, a file, or a hub id, for calibration.")
+        str | None,
+        typer.Option(help="For calibration: builtin, a file, a hub id. [recipe, else builtin]"),
     ] = None,
-    num_calibration_samples: Annotated[int | None, typer.Option(help="Windows of text.")] = None,
-    max_seq_length: Annotated[int | None, typer.Option(help="Tokens in a window.")] = None,
+    num_calibration_samples: Annotated[
+        int | None, typer.Option(help="Windows of text. [recipe, else 128]")
+    ] = None,
+    max_seq_length: Annotated[
+        int | None, typer.Option(help="Tokens in a window. [recipe, else 512]")
+    ] = None,
     ignore: Annotated[
         list[str] | None,
-        typer.Option(help="A layer to leave alone: its name, or re:<regex>. Repeatable."),
+        typer.Option(help="Layer to leave alone: its full name, or re:<regex>. Repeatable."),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Which windows calibration sees.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Which windows calibration sees. [recipe, else 0]")
+    ] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done.")] = False,
@@ -84,7 +116,7 @@ def run(
         "group_size": group_size,
         "numerics": numerics,
         "dataset": dataset,
-        "num_samples": num_calibration_samples,
+        "num_calibration_samples": num_calibration_samples,
         "max_seq_length": max_seq_length,
         "ignore": tuple(ignore) if ignore else None,
         "seed": seed,
@@ -93,7 +125,7 @@ def run(
     }
     check_json_path(json_path)
     if dry_run:
-        plan = calibration.plan(model, output, recipe, **request)
+        plan = calibration.plan(model, output, recipe, dtype=dtype, device=device, **request)
         out.print(tables.plan_table(plan))
         write_json(json_path, {"command": "run", "dry_run": True, **plan.to_dict()})
         return
@@ -271,7 +303,7 @@ def progress_bars() -> Iterator[OnProgress]:
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TextColumn("{task.fields[what]}"),
+        TextColumn("{task.fields[what]}", markup=False),
     )
     with Bars(*columns, console=err) as bars:
         tasks: dict[str, Any] = {}
@@ -282,7 +314,11 @@ def progress_bars() -> Iterator[OnProgress]:
             what = p.what if p.done < p.total else ""
             bars.update(tasks[p.stage], completed=p.done, total=p.total, what=what)
 
-        yield listen
+        try:
+            yield listen
+        except KeyboardInterrupt:
+            err.print("interrupted; nothing was left behind")
+            raise
 
 
 def user_message(text: str) -> dict[str, str]:
@@ -312,8 +348,15 @@ def write_raw(text: str) -> None:
 
 def check_json_path(path: Path | None) -> None:
     """Refuse a --json path that cannot be written, before the work and not after it."""
-    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-        raise RequestError(f"--json {str(path)!r}: there is no directory to write this file into")
+    if path is None:
+        return
+    folder = path.absolute().parent
+    if path.is_dir():
+        raise RequestError(f"--json {str(path)!r} is a directory; name a file")
+    if not folder.is_dir():
+        raise RequestError(f"--json {str(path)!r}: there is no directory {folder}")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise RequestError(f"--json {str(path)!r}: {folder} is not writable")
 
 
 def write_json(path: Path | None, figures: dict[str, Any]) -> None:
@@ -330,6 +373,8 @@ def main() -> None:
     """Exit codes: 0 done, 1 the work failed, 2 the request was wrong, 130 interrupted."""
     from quant_kernels.formats import FormatError
 
+    # Schedulers end runs this way; unwinding the stack removes what is half written.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         app()
     except (RequestError, FormatError) as error:

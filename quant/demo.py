@@ -102,7 +102,7 @@ def run_demo(
         scheme=scheme,
         group_size=group_size,
         dataset="builtin",
-        num_samples=DEMO_SAMPLES,
+        num_calibration_samples=DEMO_SAMPLES,
         max_seq_length=DEMO_LENGTH,
         on_progress=on_progress,
     )

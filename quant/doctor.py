@@ -7,6 +7,7 @@ import platform
 from dataclasses import dataclass
 from typing import Any
 
+from quant import __version__
 from quant.schemes import SCHEMES
 from quant_kernels import cpu, cuda
 
@@ -31,13 +32,21 @@ class Diagnosis:
 
 def diagnose() -> Diagnosis:
     """Look at the interpreter, packages, shared libraries and GPUs. Never raises over a lack."""
-    versions = {"python": platform.python_version(), "platform": platform.platform()}
+    versions = {
+        "fourbyeight": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
     for package in PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "not installed"
-    libraries = (_library("CPU library", cpu, "INT4 unpacking"), _cuda_library(), _torch_gpu())
+    libraries = (
+        _library("CPU library", cpu, "decodes INT4, E4M3"),
+        _cuda_library(),
+        _torch_gpu(),
+    )
     schemes = tuple(
         Check(
             f"{scheme} on {backend}",

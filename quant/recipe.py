@@ -7,7 +7,7 @@ names the file, the key and the nearest valid one. Presets are the files of `rec
     group_size: 128             # 32 | 64 | 128 | -1 (per output channel)
     numerics: lut               # w4afp8: lut | exact; w4a8: int8
     ignore: []                  # more modules to leave alone: names, or re:<regex>
-    calibration: {dataset: builtin, num_samples: 128, max_seq_length: 512, seed: 0}
+    calibration: {dataset: builtin, num_calibration_samples: 128, max_seq_length: 512, seed: 0}
     passes:
       - compensate: {scales: hessian, damping: 0.01, act_order: true, block_size: 128}
 """
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -65,16 +66,19 @@ PASSES: dict[str, type[RoundPass] | type[CompensatePass]] = {
 
 @dataclass(frozen=True)
 class Calibration:
-    """Which tokens the passes see: num_samples windows of max_seq_length tokens each."""
+    """Which tokens the passes see: so many windows of max_seq_length tokens each."""
 
     dataset: str = "builtin"
-    num_samples: int = 128
+    num_calibration_samples: int = 128
     max_seq_length: int = 512
     seed: int = 0
 
     def check(self) -> None:
         _require(bool(self.dataset), "dataset is empty")
-        _require(self.num_samples > 0, f"num_samples is {self.num_samples}; it must be positive")
+        _require(
+            self.num_calibration_samples > 0,
+            f"num_calibration_samples is {self.num_calibration_samples}; it must be positive",
+        )
         _require(
             self.max_seq_length > 1,
             f"max_seq_length is {self.max_seq_length}; it must be at least 2",
@@ -99,6 +103,8 @@ class Recipe:
         )
         for step in self.passes:
             step.check()
+        for pattern in self.ignore:
+            _check_pattern(pattern)
         try:
             _ = self.weight_format
         except FormatError as error:
@@ -126,9 +132,15 @@ class Recipe:
         Keys are Recipe's and Calibration's fields. Changing the scheme resets the numerics.
         """
         given = {key: value for key, value in changes.items() if value is not None}
-        names = {f.name for f in dataclasses.fields(Calibration)}
+        names = [f.name for f in dataclasses.fields(Calibration)]
         calibration = {key: value for key, value in given.items() if key in names}
         own = {key: value for key, value in given.items() if key not in names}
+        known = [*names, *(f.name for f in dataclasses.fields(self))]
+        for key in own:
+            if key not in known:
+                raise RequestError(
+                    f"unknown option {key!r}; known: {', '.join(known)}{_nearest(key, known)}"
+                )
         if "ignore" in own:
             own["ignore"] = _strings(own["ignore"], "options", "ignore")
         if own.get("scheme", self.scheme) != self.scheme and "numerics" not in own:
@@ -161,7 +173,11 @@ def load_recipe(name: str) -> Recipe:
         raise RequestError(
             f"recipe {name!r} is no file and no preset; presets: {', '.join(known)}{nearest}"
         )
-    return parse_recipe(path.read_text(encoding="utf-8"), str(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{path} is not UTF-8 text: {error}") from error
+    return parse_recipe(text, str(path))
 
 
 def parse_recipe(text: str, where: str) -> Recipe:
@@ -245,6 +261,13 @@ def _build(cls: type[Any], values: dict[str, Any], where: str, section: str) -> 
                 f"got {_kind(value)} {value!r}{hint}"
             )
     return cls(**values)
+
+
+def _check_pattern(pattern: str) -> None:
+    try:
+        re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else "")
+    except re.error as error:
+        raise RequestError(f"ignore: {pattern!r} is no regular expression: {error}") from error
 
 
 def _mapping(value: Any, where: str, section: str) -> dict[str, Any]:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
+import resource
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+
+from quant.errors import RequestError
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class RunReport:
     """A finished quantization. Sizes in bytes; bits_per_weight over the quantized linears."""
 
     output: str
+    recipe: dict[str, Any]
     layers: tuple[LayerReport, ...]
     ignored: tuple[str, ...]
     seconds: float
@@ -92,15 +97,20 @@ def read_jsonl(path: Path) -> list[LayerReport]:
     """The rows of a report file, or none where there is no file."""
     if not path.is_file():
         return []
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [LayerReport(**{**row, "shape": tuple(row["shape"])}) for row in rows]
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [LayerReport(**{**row, "shape": tuple(row["shape"])}) for row in rows]
+    except (ValueError, TypeError, KeyError) as error:
+        raise RequestError(f"{path} is not a report of fourbyeight: {error!r}") from error
 
 
 def peak_memory_bytes() -> int:
     """The largest resident set of this process so far, or since `reset_peak_memory`."""
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    peak = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
-    return int(peak.split()[1]) * 1024
+    with contextlib.suppress(OSError):
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        if found := re.search(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE):
+            return int(found[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def reset_peak_memory() -> None:

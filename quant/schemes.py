@@ -27,7 +27,7 @@ class LayerPlan:
 
     @property
     def bits_per_weight(self) -> float:
-        return bits_per_weight(*self.shape, self.fmt) if self.fmt else 16.0
+        return bits_per_weight(self.shape[1], self.fmt) if self.fmt else 16.0
 
 
 def plan_layers(cfg: DecoderConfig, recipe: Recipe) -> dict[str, LayerPlan]:
@@ -50,7 +50,8 @@ def plan_layers(cfg: DecoderConfig, recipe: Recipe) -> dict[str, LayerPlan]:
     for pattern in recipe.ignore:
         if not any(is_ignored(name, [pattern]) for name in (*plan, LM_HEAD)):
             raise RequestError(
-                f"ignore: {pattern!r} matches no layer; names look like {next(iter(plan))!r}"
+                f"ignore: {pattern!r} matches no layer; names look like {next(iter(plan))!r}, "
+                "and a regular expression is matched from their start (re:.*down_proj)"
             )
     if all(row.fmt is None for row in plan.values()):
         raise RequestError("ignore leaves no layer to quantize")

@@ -31,7 +31,7 @@ def size(count: float) -> str:
 
 
 def key_value(title: str, rows: list[tuple[str, str]]) -> Table:
-    table = Table(title=title, title_justify="left", show_header=False)
+    table = Table(title=Text(title), title_justify="left", show_header=False)
     for key, value in rows:
         table.add_row(key, Text(value))
     return table
@@ -43,7 +43,7 @@ def run_table(report: RunReport) -> Table:
     before = sum(row.error_before for row in report.layers) / len(report.layers)
     after = sum(row.error_after for row in report.layers) / len(report.layers)
     worst = sorted(report.layers, key=lambda row: row.error_after, reverse=True)[:WORST_LAYERS]
-    raised = [row for row in report.layers if row.damping and row.damping > min_damping(report)]
+    raised = [row for row in report.layers if row.damping and row.damping > asked_damping(report)]
     rows = [
         ("scheme", f"{first.scheme} ({first.numerics}), {group}"),
         ("layers", f"{len(report.layers)} quantized, {len(report.ignored)} left alone"),
@@ -60,8 +60,10 @@ def run_table(report: RunReport) -> Table:
     return key_value(f"wrote {report.output}", rows)
 
 
-def min_damping(report: RunReport) -> float:
-    return min(row.damping for row in report.layers if row.damping is not None)
+def asked_damping(report: RunReport) -> float:
+    """The damping of the recipe, which a stubborn Hessian may have raised."""
+    options = next(iter(report.recipe["passes"][0].values()))
+    return float(options.get("damping", 0.0))
 
 
 def plan_table(plan: RunPlan) -> Table:
@@ -69,7 +71,7 @@ def plan_table(plan: RunPlan) -> Table:
     calibration = plan.recipe.calibration
     group = "per channel" if fmt.per_channel else f"group {fmt.group_size}"
     kept = sum(row.fmt is None for row in plan.layers)
-    tokens = calibration.num_samples * calibration.max_seq_length
+    tokens = calibration.num_calibration_samples * calibration.max_seq_length
     passes = ", ".join(next(iter(step)) for step in plan.recipe.to_dict()["passes"])
     rows = [
         ("source", f"{plan.source} ({plan.model_type})"),
@@ -78,12 +80,16 @@ def plan_table(plan: RunPlan) -> Table:
         ("layers", f"{len(plan.layers) - kept} to quantize, {kept} left alone"),
         (
             "calibration",
-            f"{calibration.num_samples} x {calibration.max_seq_length} = {tokens:,} tokens of "
-            f"{calibration.dataset}",
+            f"{calibration.num_calibration_samples} x {calibration.max_seq_length} = "
+            f"{tokens:,} tokens of {calibration.dataset}",
         ),
         ("size on disk", f"{size(plan.source_size_bytes)} -> about {size(plan.size_bytes)}"),
         ("bits per weight", f"{plan.bits_per_weight:.3f} in the quantized layers"),
-        ("memory", f"{size(plan.block_bytes)} a block, {size(plan.activation_bytes)} activations"),
+        (
+            "memory",
+            f"{size(plan.block_bytes)} a block, {size(plan.activation_bytes)} activations, "
+            f"{size(plan.hessian_bytes)} Hessians",
+        ),
     ]
     return key_value("dry run: nothing is written", rows)
 
@@ -102,7 +108,7 @@ def perplexity_table(model: str, dataset: str, result: Perplexity) -> Table:
 def inspection_table(found: Inspection) -> Table:
     scheme = f"{found.scheme} ({found.numerics})" if found.scheme else "not quantized"
     table = Table(
-        title=f"{found.directory}: {found.model_type}, {scheme}",
+        title=Text(f"{found.directory}: {found.model_type}, {scheme}"),
         caption=f"{size(found.size_bytes)} on disk, {found.bits_per_weight:.3f} bits per weight "
         "in the blocks' linears",
         title_justify="left",
@@ -110,7 +116,10 @@ def inspection_table(found: Inspection) -> Table:
     )
     for column in ("layer", "shape", "weights", "inputs", "bits", "error"):
         right = column in ("shape", "bits", "error")
-        table.add_column(column, justify="right" if right else "left", no_wrap=True)
+        # A narrow screen folds words; figures stay whole.
+        table.add_column(
+            column, justify="right" if right else "left", no_wrap=right, overflow="fold"
+        )
     for row in found.layers:
         error = "" if row.error is None else f"{row.error:.3%}"
         shape = f"{row.shape[0]} x {row.shape[1]}"
@@ -142,7 +151,7 @@ def demo_tables(result: DemoResult) -> Iterator[Table | Text]:
     for prompt, old, new in zip(result.prompts, before.texts, after.texts, strict=True):
         texts.add_row(Text(prompt), Text(old.strip()), Text(new.strip()))
     yield texts
-    table = Table(title=result.model, title_justify="left")
+    table = Table(title=Text(result.model), title_justify="left")
     for column in ("", "BF16", scheme):
         table.add_column(column, justify="left" if not column else "right")
     ratio = after.perplexity / before.perplexity - 1

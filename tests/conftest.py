@@ -203,7 +203,7 @@ def calibration_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def calibration(calibration_text: Path) -> dict[str, Any]:
     """Overrides that calibrate on few short samples of the local text."""
-    return {"dataset": str(calibration_text), "num_samples": 6, "max_seq_length": 48}
+    return {"dataset": str(calibration_text), "num_calibration_samples": 6, "max_seq_length": 48}
 
 
 @pytest.fixture(scope="session")

@@ -232,6 +232,9 @@ def test_wrong_models(
         (["--seed", -1], "seed"),
         (["--json", "/nowhere/at/all.json"], "--json"),
         (["--unknown"], "No such option"),
+        (["--ignore", "re:("], "no regular expression"),
+        (["--dtype", "int8", "--dry-run"], "bfloat16"),
+        (["--max-seq-length", 300, "--dry-run"], "max_position_embeddings is 256"),
     ],
 )
 def test_wrong_options(
@@ -267,9 +270,12 @@ def test_generate_and_eval_refuse(run: Run, tiny_checkpoint: Any, tmp_path: Path
     assert "--prompt" in refused(run, tmp_path, "generate", model)
     assert "temperature" in refused(run, tmp_path, "generate", model, "-p", "x", "--temperature=-1")
     assert "300 tokens" in refused(run, tmp_path, "generate", model, "-p", "x" * 300)
+    err = refused(run, tmp_path, "eval", model, "--max-seq-length", 512)
+    assert "max_position_embeddings is 256" in err
     short = tmp_path / "short.txt"
     short.write_text("few")
-    assert "3 tokens" in refused(run, tmp_path, "eval", model, "--dataset", short)
+    options = ["--dataset", short, "--max-seq-length", 64]
+    assert "3 tokens" in refused(run, tmp_path, "eval", model, *options)
 
 
 def test_doctor_says_what_runs_and_why_not_the_rest(run: Run, tmp_path: Path) -> None:
@@ -316,3 +322,21 @@ def test_the_readme_documents_every_key(
         keys = [*found, *(key for row in rows if isinstance(row, dict) for key in row)]
         for key in keys:
             assert f"`{key}`" in readme or f"`{key}[]`" in readme, (command[0], key)
+
+
+def test_version(run: Run) -> None:
+    code, out, _ = run("--version")
+    assert code == 0
+    assert out == f"fourbyeight {cli.__version__}\n"
+
+
+def test_inspect_keeps_its_figures_on_a_narrow_screen(
+    run: Run, quantized_case: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "out", type(cli.out)(width=60))
+    case = quantized_case("int8-128")
+    code, out, err = run("inspect", case.output)
+    assert code == 0, err
+    for row in case.report.layers:
+        assert f"{row.error_after:.3%}" in out
+        assert f"{row.shape[0]} x {row.shape[1]}" in out

@@ -25,7 +25,7 @@ scheme: w4a8
 group_size: 64
 numerics: int8
 ignore: [model.layers.0.mlp.down_proj, 're:.*k_proj']
-calibration: {dataset: text.jsonl, num_samples: 3, max_seq_length: 77, seed: 5}
+calibration: {dataset: text.jsonl, num_calibration_samples: 3, max_seq_length: 77, seed: 5}
 passes:
   - compensate: {scales: mse, damping: 0.05, act_order: false, block_size: 32}
 """
@@ -73,7 +73,7 @@ def test_whole_numbers_are_numbers():
     [
         ("shceme: w4a8", "shceme", "did you mean 'scheme'"),
         ("groupsize: 64", "groupsize", "did you mean 'group_size'"),
-        ("calibration: {num_sample: 8}", "num_sample", "did you mean 'num_samples'"),
+        ("calibration: {num_sample: 8}", "num_sample", "did you mean 'num_calibration_samples'"),
         ("passes: [{compensate: {dampin: 0.1}}]", "dampin", "did you mean 'damping'"),
         ("passes: [{round: {damping: 0.1}}]", "damping", "known: scales"),
         ("passes: [compensat]", "compensat", "did you mean 'compensate'"),
@@ -101,7 +101,10 @@ def test_unknown_keys_are_named_with_the_nearest(text, key, hint):
         ("ignore: [1]", "ignore must be a list of strings"),
         ("calibration: builtin", "calibration must be a mapping, got str"),
         ("calibration: null", "calibration must be a mapping, got nothing"),
-        ("calibration: {num_samples: many}", "calibration.num_samples must be int, got str"),
+        (
+            "calibration: {num_calibration_samples: many}",
+            "calibration.num_calibration_samples must be int, got str",
+        ),
         ("calibration: {dataset: 3}", "calibration.dataset must be str, got int"),
         ("passes: compensate", "passes must be a list, got str"),
         ("passes: [7]", "every entry of passes is one `name: {options}`"),
@@ -132,7 +135,10 @@ def test_wrong_types_name_the_file_the_key_and_both_types(text, message):
         ("numerics: exat", "w4afp8 has no numerics 'exat'; it has: lut, exact"),
         ("group_size: 48", "group size 48 is not supported; use 32, 64, 128"),
         ("group_size: 0", "group size 0 is not supported"),
-        ("calibration: {num_samples: 0}", "num_samples is 0; it must be positive"),
+        (
+            "calibration: {num_calibration_samples: 0}",
+            "num_calibration_samples is 0; it must be positive",
+        ),
         ("calibration: {max_seq_length: 1}", "max_seq_length is 1; it must be at least 2"),
         ("calibration: {seed: -1}", "seed is -1; it must not be negative"),
         ("calibration: {dataset: ''}", "dataset is empty"),
@@ -217,7 +223,9 @@ def test_recipe_that_is_not_there_is_refused_with_the_presets(name, hint):
 
 
 def test_overrides_replace_and_none_keeps():
-    new = PARSED.override(group_size=-1, seed=0, dataset="builtin", num_samples=None, ignore=None)
+    new = PARSED.override(
+        group_size=-1, seed=0, dataset="builtin", num_calibration_samples=None, ignore=None
+    )
     assert new == dataclasses.replace(
         PARSED, group_size=-1, calibration=Calibration("builtin", 3, 77, 0)
     )
@@ -237,7 +245,7 @@ def test_overriding_the_scheme_resets_the_numerics():
     ("changes", "message"),
     [
         ({"group_size": 100}, "group size 100"),
-        ({"num_samples": 0}, "num_samples is 0"),
+        ({"num_calibration_samples": 0}, "num_calibration_samples is 0"),
         ({"scheme": "w4a4"}, "'w4a4' is unknown"),
         ({"numerics": "lut"}, "w4a8 has no numerics 'lut'"),
     ],

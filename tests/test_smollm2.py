@@ -49,7 +49,7 @@ def quantized_smollm2(
                 scheme=scheme,
                 group_size=64,
                 dataset=real_text.calibration,
-                num_samples=64,
+                num_calibration_samples=64,
                 max_seq_length=512,
             )
             made[scheme, recipe] = output

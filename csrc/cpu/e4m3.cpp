@@ -1,22 +1,31 @@
 // E4M3 codes to FP32.
 //
-// Shifted left by 20 bits, exponent and mantissa are those of an FP32 number whose exponent is off
-// by 127 - 7 = 120; one multiplication puts that right, for subnormals too, and is exact.
-#include <cstring>
+// A table, because arithmetic on the bits passes through FP32 subnormals, which a process may have
+// told its CPU to flush to zero.
+#include <cmath>
 #include <limits>
 
 #include "quant_cpu.h"
 
 namespace {
 
-float value_of(uint8_t code) {
-  constexpr float kScale = 0x1p120F;
-  const uint32_t magnitude = code & 0x7FU;
-  const uint32_t bits = (magnitude << 20) | (static_cast<uint32_t>(code & 0x80U) << 24);
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return magnitude == 0x7FU ? std::numeric_limits<float>::quiet_NaN() : value * kScale;
-}
+struct Values {
+  float of[256];
+
+  Values() {
+    for (int code = 0; code < 256; ++code) {
+      const int exponent = (code >> 3) & 15;
+      const int mantissa = code & 7;
+      const float magnitude = exponent == 0
+                                  ? std::ldexp(static_cast<float>(mantissa), -9)
+                                  : std::ldexp(static_cast<float>(8 + mantissa), exponent - 10);
+      of[code] = (code & 128) != 0 ? -magnitude : magnitude;
+    }
+    of[0x7F] = of[0xFF] = std::numeric_limits<float>::quiet_NaN();
+  }
+};
+
+const Values kValues;
 
 }  // namespace
 
@@ -26,7 +35,7 @@ int quant_cpu_e4m3_to_float(const uint8_t* __restrict codes, int64_t count,
   if (count == 0) return QUANT_CPU_OK;
   if (codes == nullptr || values == nullptr) return QUANT_CPU_NULL_POINTER;
   for (int64_t i = 0; i < count; ++i) {
-    values[i] = value_of(codes[i]);
+    values[i] = kValues.of[codes[i]];
   }
   return QUANT_CPU_OK;
 }

@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import os
 
 import torch
 from torch import Tensor
@@ -15,6 +16,15 @@ CODES_PER_WORD = 8
 def available() -> bool:
     """Whether the library is there and can be used."""
     return why_unavailable() is None
+
+
+@functools.cache
+def usable() -> bool:
+    """`available`, asked once; LibraryMissing where $QUANT_LIB_DIR names a build without it."""
+    reason = why_unavailable()
+    if reason is not None and os.environ.get("QUANT_LIB_DIR"):
+        raise native.LibraryMissing(reason)
+    return reason is None
 
 
 def why_unavailable() -> str | None:

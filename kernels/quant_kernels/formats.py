@@ -136,7 +136,7 @@ def round_e4m3(x: Tensor) -> Tensor:
 
 def e4m3_values(codes: Tensor) -> Tensor:
     """float8_e4m3fn codes [...] -> their values, FP32; exact."""
-    if codes.device.type == "cpu" and cpu.available():
+    if codes.device.type == "cpu" and cpu.usable():
         return cpu.e4m3_to_float(codes.contiguous())
     return codes.float()
 
@@ -237,6 +237,6 @@ def midpoints(levels: Tensor) -> Tensor:
     return ((levels[..., 1:] + levels[..., :-1]) / 2).contiguous()
 
 
-def bits_per_weight(out_features: int, in_features: int, fmt: WeightFormat) -> float:
+def bits_per_weight(in_features: int, fmt: WeightFormat) -> float:
     """Stored bits per weight: 4 for the code, and a BF16 scale per group."""
     return 4.0 + 16.0 * fmt.groups(in_features) / in_features

@@ -43,7 +43,7 @@ def pack_int4(codes: Tensor) -> Tensor:
 
 def unpack_int4(words: Tensor) -> Tensor:
     """words [N, K / 8] int32 -> codes [N, K] int8 in [-8, 7]. Inverse of `pack_int4`."""
-    if words.device.type == "cpu" and cpu.available():
+    if words.device.type == "cpu" and cpu.usable():
         return cpu.unpack_int4(words.contiguous(), words.shape[1] * CODES_PER_WORD)
     shifts = torch.arange(0, 32, 4, device=words.device, dtype=torch.int32)
     nibbles = (words.unsqueeze(-1) >> shifts) & 15

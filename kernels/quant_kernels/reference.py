@@ -10,6 +10,7 @@ with the sum in FP32 for FP8 codes and in INT32 for INT8 codes.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -103,9 +104,23 @@ def int8_matmul(x: Tensor, w: Tensor) -> Tensor:
 
     The sum is an exact INT32 and is rounded to FP32 once, at the end, as an epilogue does.
     """
-    if x.device.type == "cpu":
+    if x.device.type == "cpu" and _int_mm_is_exact():
         return torch._int_mm(x.contiguous(), w.to(torch.int8).T.contiguous()).float()
-    return (x.double() @ w.double().T).float()
+    total = torch.zeros(x.shape[0], w.shape[0], dtype=torch.int32, device=x.device)
+    with bf16_products(False):
+        # A partial sum is at most 128 * 128 * 1024 = 2^24, so FP32 holds it exactly.
+        for a, b in zip(x.split(1024, dim=1), w.split(1024, dim=1), strict=True):
+            total += (a.float() @ b.float().T).to(torch.int32)
+    return total.float()
+
+
+@functools.cache
+def _int_mm_is_exact() -> bool:
+    """Whether this CPU's INT8 product is: without VNNI it saturates sums of two products."""
+    extremes = torch.tensor([[127, 127], [-128, -128], [127, -128]], dtype=torch.int8)
+    x = extremes.repeat(1, 64).contiguous()
+    found = torch._int_mm(x, x.T.contiguous())
+    return torch.equal(found.double(), x.double() @ x.double().T)
 
 
 @contextmanager

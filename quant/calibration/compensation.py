@@ -72,13 +72,13 @@ def compensate(
     t, c = split_scales(scales, fmt)
     levels = (product_levels(t, fmt) * c.unsqueeze(-1)).transpose(0, 1).contiguous()  # [G, N, 16]
     bounds = midpoints(levels)  # [G, N, 15]
-    group_of = order // (columns // levels.shape[0])
+    group_of = (order // (columns // levels.shape[0])).tolist()
     codes = torch.empty(w.shape, dtype=torch.int8, device=w.device)
     for start in range(0, columns, block_size):
         stop = min(start + block_size, columns)
         errors = torch.empty(stop - start, w.shape[1], device=w.device)
         for j in range(start, stop):
-            group = int(group_of[j])
+            group = group_of[j]
             index = torch.searchsorted(bounds[group], w[j].unsqueeze(1))  # [N, 1]
             rounded = levels[group].gather(1, index).squeeze(1)
             codes[j] = index.squeeze(1) + CODE_MIN

@@ -6,7 +6,7 @@ A dataset is a local file, a hub id, or `builtin`:
     FILE.txt                            one text
     FILE.jsonl, FILE.json, FILE.parquet rows with `text`, or with `messages` (chat template applied)
     FILE.npy                            token ids, [T] or [n, S], integers
-    org/name[:split]                    a hub dataset with a `text` or `messages` column
+    org/name[[:config]:split]           a hub dataset with a `text` or `messages` column
 
 Texts are joined by blank lines and tokenized as one stream; samples are windows cut from it.
 """
@@ -58,25 +58,24 @@ def load_tokens(dataset: str, tokenizer: Any, vocab_size: int, enough: int | Non
     return tokens
 
 
-def calibration_windows(tokens: Tensor, num_samples: int, length: int, seed: int) -> Tensor:
-    """num_samples windows [n, length] cut from the stream [T], evenly spaced and not overlapping.
+def calibration_windows(tokens: Tensor, count: int, length: int, seed: int) -> Tensor:
+    """count windows [n, length] cut from the stream [T], evenly spaced and not overlapping.
 
     seed 0 starts at the first token; any other seed shifts all windows together, so that draws with
-    different seeds see different tokens. RequestError where the stream is too short.
+    different seeds see different tokens, where there are more than the windows need. RequestError
+    where the stream is too short.
     """
-    needed = num_samples * length
+    needed = count * length
     if len(tokens) < needed:
         raise RequestError(
-            f"the calibration dataset has {len(tokens):,} tokens; {num_samples} samples of "
+            f"the calibration dataset has {len(tokens):,} tokens; {count} samples of "
             f"{length} tokens need {needed:,}: take fewer or shorter samples "
             f"(at most {len(tokens) // length} of this length), or more text"
         )
-    spacing = len(tokens) // num_samples
+    spacing = len(tokens) // count
     generator = torch.Generator().manual_seed(seed)
     shift = int(torch.randint(spacing - length + 1, (1,), generator=generator)) if seed else 0
-    return torch.stack(
-        [tokens[s : s + length] for s in range(shift, spacing * num_samples, spacing)]
-    )
+    return torch.stack([tokens[s : s + length] for s in range(shift, spacing * count, spacing)])
 
 
 def _texts(dataset: str, path: Path, tokenizer: Any, enough: int | None) -> list[str]:
@@ -105,8 +104,10 @@ def _texts(dataset: str, path: Path, tokenizer: Any, enough: int | None) -> list
         ]
     if path.suffix or name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise RequestError(f"dataset {dataset!r}: there is no such file")
+    config, _, split = part.rpartition(":")
     texts, length = [], 0
-    for i, row in enumerate(_load_dataset(name, split=part or "train", streaming=True)):
+    rows = _load_dataset(name, name=config or None, split=split or "train", streaming=True)
+    for i, row in enumerate(rows):
         texts.append(_row_text(row, f"{dataset}, row {i + 1}", tokenizer))
         length += len(texts[-1])
         if enough is not None and length > enough * LONGEST_TOKEN:
@@ -178,19 +179,18 @@ def _parquet_rows(path: Path) -> Iterable[Any]:
     return _load_dataset("parquet", data_files=str(path), split="train")
 
 
-def _load_dataset(name: str, **options: Any) -> Iterable[Any]:
+def _load_dataset(path: str, **options: Any) -> Iterable[Any]:
     try:
         from datasets import load_dataset
     except ImportError:
         raise RequestError(
-            f"dataset {name!r} needs the package `datasets`: pip install 'fourbyeight[data]'"
+            f"dataset {path!r} needs the package `datasets`: pip install 'fourbyeight[data]'"
         ) from None
     try:
-        rows: Iterable[Any] = load_dataset(name, **options)
-        return rows
+        yield from load_dataset(path, **options)
     except Exception as error:  # the library raises its own and its network client's errors
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise RequestError(f"dataset {name!r} could not be loaded: {reason}") from error
+        raise RequestError(f"dataset {path!r} could not be loaded: {reason}") from error
 
 
 def _token_ids(path: Path) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from quant.architectures import EMBEDDING, FINAL_NORM, LM_HEAD
+from quant.architectures import EMBEDDING, FINAL_NORM, LM_HEAD, check_length
 from quant.calibration.data import calibration_windows, load_tokens
 from quant.calibration.pipeline import quantize_blocks
 from quant.checkpoint.compressed_tensors import (
@@ -20,7 +20,7 @@ from quant.checkpoint.compressed_tensors import (
     SIDE_VERSION,
     quantization_config,
 )
-from quant.checkpoint.reader import CheckpointReader, load_tokenizer
+from quant.checkpoint.reader import FLOAT_BITS, CheckpointReader, load_tokenizer
 from quant.checkpoint.source import resolve_model
 from quant.checkpoint.writer import CheckpointWriter, check_output
 from quant.device import select_device, select_dtype
@@ -37,6 +37,10 @@ from quant.report import (
 )
 from quant.schemes import LayerPlan, plan_layers
 
+# K x K matrices in FP32 while a site is compensated: the Hessian, it in activation order, damped,
+# and the factors of its inverse.
+HESSIANS_AT_ONCE = 6
+
 
 @dataclass(frozen=True)
 class RunPlan:
@@ -50,6 +54,7 @@ class RunPlan:
     size_bytes: int
     activation_bytes: int
     block_bytes: int
+    hessian_bytes: int
 
     @property
     def bits_per_weight(self) -> float:
@@ -78,19 +83,23 @@ def plan(
     output_dir: str | Path,
     recipe: Recipe | str = DEFAULT_PRESET,
     *,
+    dtype: str = "auto",
+    device: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
     **overrides: Any,
 ) -> RunPlan:
     """Check a request, its data too, and say what it would do; arguments as `quantize`.
 
-    Reads no weight and writes nothing.
+    Makes nothing at OUT. A hub id is fetched and a GGUF file converted, into their caches.
     """
     recipe = _recipe(recipe, overrides)
+    kept_dtype = select_dtype(dtype)
+    select_device(device)
     check_output(Path(output_dir).expanduser())
     directory = resolve_model(model, revision=revision, trust_remote_code=trust_remote_code)
     reader = CheckpointReader(directory, trust_remote_code=trust_remote_code)
-    found = _plan(reader, recipe)
+    found = _plan(reader, recipe, kept_dtype)
     _windows(reader, recipe, trust_remote_code)
     return found
 
@@ -111,8 +120,8 @@ def quantize(
 
     model: an HF directory, a .gguf file, or a hub id. recipe: a Recipe, a preset's name, or a YAML
     file. overrides: fields of Recipe and Calibration (scheme, group_size, numerics, ignore,
-    dataset, num_samples, max_seq_length, seed) that replace the recipe's. dtype: of the tensors
-    that stay unquantized ("auto": as stored). device: "auto" takes a GPU where there is one.
+    dataset, num_calibration_samples, max_seq_length, seed) that replace the recipe's. dtype: of the
+    tensors that stay unquantized ("auto": as stored). device: "auto" is a GPU where there is one.
 
     Raises RequestError, before anything is written, where the request cannot be met, and
     WorkFailed where the numbers break down; neither leaves anything behind at OUT.
@@ -125,7 +134,7 @@ def quantize(
     check_output(output)
     directory = resolve_model(model, revision=revision, trust_remote_code=trust_remote_code)
     reader = CheckpointReader(directory, trust_remote_code=trust_remote_code)
-    run = _plan(reader, recipe)
+    run = _plan(reader, recipe, kept_dtype)
     on_progress(Progress("calibration data", 0, 1, recipe.calibration.dataset))
     windows = _windows(reader, recipe, trust_remote_code)
     on_progress(Progress("calibration data", 1, 1, recipe.calibration.dataset))
@@ -143,6 +152,7 @@ def quantize(
         on_progress(Progress("write", 1, 1, str(output)))
     return RunReport(
         output=str(output),
+        recipe=recipe.to_dict(),
         layers=tuple(rows),
         ignored=ignored,
         seconds=time.perf_counter() - started,
@@ -164,15 +174,20 @@ def _recipe(recipe: Recipe | str, overrides: dict[str, Any]) -> Recipe:
     return recipe.override(**overrides)
 
 
-def _plan(reader: CheckpointReader, recipe: Recipe) -> RunPlan:
+def _plan(reader: CheckpointReader, recipe: Recipe, dtype: torch.dtype | None) -> RunPlan:
     reader.check_dense()
     cfg = reader.config
     layers = tuple(plan_layers(cfg, recipe).values())
+    # What stays takes its stored type, all of one kind as a rule, or the type asked for.
+    stored = reader.dtype(f"{EMBEDDING}.weight")
+    kept_bits = FLOAT_BITS[stored] if dtype is None else 8.0 * dtype.itemsize
     saved = sum(
-        row.shape[0] * row.shape[1] * (16.0 - row.bits_per_weight) / 8 for row in layers if row.fmt
+        row.shape[0] * row.shape[1] * (kept_bits - row.bits_per_weight) / 8
+        for row in layers
+        if row.fmt
     )
     calibration = recipe.calibration
-    tokens = calibration.num_samples * calibration.max_seq_length
+    tokens = calibration.num_calibration_samples * calibration.max_seq_length
     widest = max(cfg.hidden_size, cfg.num_heads * cfg.head_dim, cfg.intermediate_size)
     block_weights = sum(_elements(shape) for shape in cfg.block_shapes().values())
     outer = sum(_elements(shape) for shape in cfg.outer_shapes().values())
@@ -182,9 +197,10 @@ def _plan(reader: CheckpointReader, recipe: Recipe) -> RunPlan:
         recipe=recipe,
         layers=layers,
         source_size_bytes=reader.size_bytes(),
-        size_bytes=round(2 * (block_weights * cfg.num_layers + outer) - saved),
+        size_bytes=round(kept_bits / 8 * (block_weights * cfg.num_layers + outer) - saved),
         activation_bytes=4 * tokens * (cfg.hidden_size + widest),
         block_bytes=4 * block_weights,
+        hessian_bytes=HESSIANS_AT_ONCE * 4 * widest**2,
     )
 
 
@@ -197,12 +213,13 @@ def _windows(reader: CheckpointReader, recipe: Recipe, trust_remote_code: bool) 
     dataset = calibration.dataset
     if dataset == "builtin":
         dataset = "builtin:calibration"  # the other part is what `eval` measures on
+    check_length(calibration.max_seq_length, reader.config)
     tokenizer = load_tokenizer(reader.directory, trust_remote_code)
     # Four times what the windows need, so that they lie apart and other seeds see other text.
-    enough = 4 * calibration.num_samples * calibration.max_seq_length
+    enough = 4 * calibration.num_calibration_samples * calibration.max_seq_length
     tokens = load_tokens(dataset, tokenizer, reader.config.vocab_size, enough)
     return calibration_windows(
-        tokens, calibration.num_samples, calibration.max_seq_length, calibration.seed
+        tokens, calibration.num_calibration_samples, calibration.max_seq_length, calibration.seed
     )
 
 

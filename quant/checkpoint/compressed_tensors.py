@@ -39,6 +39,17 @@ def linear_tensors(weight: PackedWeight) -> dict[str, Tensor]:
     }
 
 
+def packed_shapes(
+    name: str, shape: tuple[int, int], fmt: WeightFormat
+) -> dict[str, tuple[int, ...]]:
+    """The stored tensors of a linear [N, K] that a reader needs: full name -> shape."""
+    out_features, in_features = shape
+    return {
+        f"{name}.weight_packed": (out_features, in_features // CODES_PER_WORD),
+        f"{name}.weight_scale": (out_features, fmt.groups(in_features)),
+    }
+
+
 def quantization_config(fmt: WeightFormat, ignored: list[str]) -> dict[str, Any]:
     """The `quantization_config` of config.json.
 
@@ -105,6 +116,8 @@ def parse_quantization_config(directory: Path, raw_config: dict[str, Any]) -> We
     _require(where, "weights", weights, num_bits=4, type="int", symmetric=True)
     _require(where, "input_activations", inputs, num_bits=8, symmetric=True, dynamic=True)
     _require(where, "input_activations", inputs, strategy="token")
+    if weights.get("actorder") in ("group", "dynamic"):
+        raise RequestError(f"{where}: weights.actorder {weights['actorder']!r} is not supported")
     if weights.get("strategy") not in ("group", "channel"):
         raise RequestError(
             f"{where}: weights.strategy {weights.get('strategy')!r} is not supported"

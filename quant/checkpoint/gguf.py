@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from quant.architectures import check_model_type
+from quant.checkpoint.writer import make_readable
 from quant.errors import RequestError
 
-# GGUF names a byte-pair tokenizer's pre-tokenizer in `tokenizer.ggml.pre`; transformers rebuilds
-# only the byte-level part. Where the original splits digits one by one, so must the copy.
+# Goes up with every change to what a conversion gives, so that old ones are not taken from a cache.
+CONVERSION = 1
+# GGUF names a byte-pair tokenizer's pre-tokenizer in `tokenizer.ggml.pre`. Of this one transformers
+# rebuilds only the byte-level part; the original also splits digits one by one.
 SPLITS_DIGITS = {"smollm"}
 
 
@@ -31,7 +34,7 @@ def convert_gguf(path: Path, cache: Path) -> Path:
             raise RequestError(f"{path} is not a GGUF file: it does not start with 'GGUF'")
         file.seek(0)
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    directory = cache / f"{path.stem}-{digest[:16]}"
+    directory = cache / f"{path.stem}-{digest[:16]}-v{CONVERSION}"
     if (directory / "config.json").is_file():
         return directory
     architecture, pre_tokenizer = _metadata(path)
@@ -54,13 +57,27 @@ def _metadata(path: Path) -> tuple[str, str | None]:
     from gguf import GGUFReader
 
     try:
-        fields = GGUFReader(path).fields
+        reader = GGUFReader(path)
+        fields, tensors = reader.fields, {tensor.name for tensor in reader.tensors}
     except Exception as error:  # the reader raises whatever a broken header leads it to
         raise RequestError(f"{path} is not a readable GGUF file: {error}") from error
     if "general.architecture" not in fields:
         raise RequestError(f"{path} has no 'general.architecture'")
+    architecture = str(fields["general.architecture"].contents())
+    scaling = fields.get(f"{architecture}.rope.scaling.type")
+    window = fields.get(f"{architecture}.attention.sliding_window")
+    for found, what in (
+        ("rope_freqs.weight" in tensors, "rotary scaling (rope_freqs.weight)"),
+        (scaling is not None and scaling.contents() != "none", "rotary scaling"),
+        (window is not None, "a sliding window"),
+    ):
+        if found:
+            raise RequestError(
+                f"{path} has {what}, which transformers does not read from GGUF files; "
+                "give the model's safetensors directory or hub id"
+            )
     pre = fields.get("tokenizer.ggml.pre")
-    return str(fields["general.architecture"].contents()), pre and str(pre.contents())
+    return architecture, pre and str(pre.contents())
 
 
 def _convert(path: Path, directory: Path, pre_tokenizer: str | None) -> None:
@@ -84,6 +101,7 @@ def _convert(path: Path, directory: Path, pre_tokenizer: str | None) -> None:
     tokenizer.save_pretrained(directory)
     if pre_tokenizer in SPLITS_DIGITS:
         _split_digits(directory / "tokenizer.json")
+    make_readable(directory)
     # Last, because its presence says that the conversion is complete.
     (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 

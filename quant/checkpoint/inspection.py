@@ -11,6 +11,7 @@ from quant.checkpoint.compressed_tensors import (
     REPORT_FILE,
     SIDE_FILE,
     is_ignored,
+    packed_shapes,
     parse_quantization_config,
     read_side_file,
 )
@@ -51,7 +52,9 @@ def inspect_checkpoint(directory: Path, *, trust_remote_code: bool = False) -> I
     reader = CheckpointReader(directory, trust_remote_code=trust_remote_code)
     fmt = parse_quantization_config(directory, reader.raw_config)
     ignore = (reader.raw_config.get("quantization_config") or {}).get("ignore") or []
-    errors = {row.name: row.error_after for row in read_jsonl(directory / REPORT_FILE)}
+    ours = (directory / SIDE_FILE).is_file()
+    report = read_jsonl(directory / REPORT_FILE) if ours else []
+    errors = {row.name: row.error_after for row in report}
     rows = []
     for layer in range(reader.config.num_layers):
         for linear in LINEARS:
@@ -60,9 +63,9 @@ def inspect_checkpoint(directory: Path, *, trust_remote_code: bool = False) -> I
                 stored = reader.dtype(f"{name}.weight")
                 rows.append(LayerRow(name, shape, stored, stored, FLOAT_BITS[stored], None))
                 continue
-            bits = bits_per_weight(*shape, fmt)
+            reader.check_shapes(packed_shapes(name, shape, fmt))
+            bits = bits_per_weight(shape[1], fmt)
             rows.append(LayerRow(name, shape, fmt.label, fmt.activation, bits, errors.get(name)))
-    has_side_file = (directory / SIDE_FILE).is_file()
     return Inspection(
         directory=str(directory),
         model_type=reader.config.model_type,
@@ -71,6 +74,6 @@ def inspect_checkpoint(directory: Path, *, trust_remote_code: bool = False) -> I
         numerics=fmt.numerics if fmt else None,
         size_bytes=reader.size_bytes(),
         bits_per_weight=mean_bits_per_weight(rows),
-        recipe=read_side_file(directory).get("recipe") if has_side_file else None,
+        recipe=read_side_file(directory).get("recipe") if ours else None,
         layers=tuple(rows),
     )

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from quant.architectures import DecoderConfig, block_prefix
+from quant.architectures import EMBEDDING, LM_HEAD, DecoderConfig, block_prefix
 from quant.checkpoint.source import check_directory, read_json
 from quant.errors import RequestError
 
@@ -44,11 +44,11 @@ class CheckpointReader:
         return set(self._where)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._file(name).get_slice(name).get_shape())
+        return tuple(self._slice(name).get_shape())
 
     def dtype(self, name: str) -> str:
         """The stored type in safetensors' terms, e.g. "BF16"."""
-        return str(self._file(name).get_slice(name).get_dtype())
+        return str(self._slice(name).get_dtype())
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """The tensor of that name, in its own dtype or in the one asked for."""
@@ -74,6 +74,7 @@ class CheckpointReader:
             for name, shape in self.config.block_shapes().items():
                 expected[block_prefix(layer) + name] = shape
         self.check_shapes(expected)
+        self.check_tied()
         for name in expected:
             dtype = self.dtype(name)
             if dtype not in FLOAT_BITS:
@@ -94,6 +95,17 @@ class CheckpointReader:
                     f"{self._where[name]}: tensor {name} is {list(found)}, "
                     f"but config.json makes it {list(shape)}"
                 )
+
+    def check_tied(self) -> None:
+        """RequestError where the embedding is tied but an lm_head of its own is stored."""
+        name = f"{LM_HEAD}.weight"
+        if not self.config.tie_word_embeddings or name not in self._where:
+            return
+        if not torch.equal(self.read(name), self.read(f"{EMBEDDING}.weight")):
+            raise RequestError(
+                f"{self._where[name]}: {name} differs from the embedding, but config.json says "
+                "tie_word_embeddings: true; set it to false, or remove the tensor"
+            )
 
     def size_bytes(self) -> int:
         """Bytes of the safetensors files on disk."""
@@ -127,6 +139,12 @@ class CheckpointReader:
         if name not in self._where:
             raise RequestError(f"{self.directory} has no tensor {name}")
         return self._open(self._where[name])
+
+    def _slice(self, name: str) -> Any:
+        try:
+            return self._file(name).get_slice(name)
+        except SafetensorError as error:
+            raise RequestError(f"{self._where[name]}: tensor {name}: {error}") from error
 
     def _open(self, path: Path) -> Any:
         if path.name not in self._files:

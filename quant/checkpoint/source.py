@@ -12,6 +12,7 @@ from quant.errors import RequestError
 
 # What is fetched from a hub: weights as safetensors, configs, tokenizer. Never pickles or code,
 # unless remote code was asked for.
+HUB_IGNORED = ["consolidated*", "*/*"]  # the same weights in another layout; subfolders
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
@@ -32,6 +33,8 @@ def resolve_model(
     Raises RequestError where there is no such model, its weights are pickles, or its architecture
     is not supported. A GGUF file is converted once, into the cache.
     """
+    if not model:
+        raise RequestError("MODEL is empty; give a directory, a .gguf file or a hub id")
     path = Path(model).expanduser()
     if path.is_dir():
         directory = path
@@ -46,7 +49,9 @@ def resolve_model(
             f"MODEL {model!r} is a file; give its directory, a .gguf file or a hub id"
         )
     elif _looks_like_path(model):
-        raise RequestError(f"MODEL {model!r}: there is no such directory or file")
+        raise RequestError(
+            f"MODEL {model!r}: there is no such directory or file, and a hub id is ORG/NAME"
+        )
     else:
         directory = _download(model, revision, trust_remote_code)
     check_directory(directory)
@@ -93,7 +98,11 @@ def _download(model: str, revision: str | None, trust_remote_code: bool) -> Path
 
     patterns = [*HUB_FILES, "*.py"] if trust_remote_code else HUB_FILES
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+        return Path(
+            snapshot_download(
+                model, revision=revision, allow_patterns=patterns, ignore_patterns=HUB_IGNORED
+            )
+        )
     except Exception as error:  # the hub client's errors share no useful base class
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise RequestError(

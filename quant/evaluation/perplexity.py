@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from quant.architectures import check_length
 from quant.calibration.data import load_tokens
 from quant.checkpoint.reader import CheckpointReader, load_tokenizer
 from quant.checkpoint.source import resolve_model
@@ -110,6 +111,7 @@ def evaluate_perplexity(
     enough = None if max_windows is None else max_windows * window
     tokens = load_tokens(part, tokenizer, reader.config.vocab_size, enough)
     check_windows(len(tokens), window, max_windows)
+    check_length(window, reader.config)
     decoder = load_decoder(
         directory, device=target, dtype=kept_dtype, trust_remote_code=trust_remote_code
     )

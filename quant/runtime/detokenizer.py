@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 INCOMPLETE = "\ufffd"  # what a tokenizer decodes part of a character to
@@ -15,7 +16,8 @@ class TextStream:
     counts, so that the text does not depend on how it was cut into tokens.
     """
 
-    def __init__(self, tokenizer: Any, stop: tuple[str, ...]) -> None:
+    def __init__(self, tokenizer: Any, stop: tuple[str, ...], context: Sequence[int] = ()) -> None:
+        """context: the prompt's last tokens, on which the first one's leading space depends."""
         self.text = ""  # whole characters; ends before the stop string
         self.stopped = False
         self._tokenizer = tokenizer
@@ -24,8 +26,8 @@ class TextStream:
         self._taken = 0  # characters
         # Decoded are the tokens before _read. Those from _start on are decoded again as context:
         # a token's text depends on whether one comes before it.
-        self._ids: list[int] = []
-        self._start = self._read = 0
+        self._ids = list(context)
+        self._start, self._read = 0, len(self._ids)
 
     @property
     def taken(self) -> str:

@@ -19,6 +19,8 @@ from quant.runtime.scheduler import Request, Scheduler
 
 DEFAULT_MODEL_LEN = 4096  # a cache for every position of a 128k model would not fit most machines
 
+PROMPT_CONTEXT = 4  # tokens: whole characters, wherever a prompt of text is cut
+
 Message = dict[str, Any]  # {"role": "user", "content": "..."}
 Params = SamplingParams | Sequence[SamplingParams] | None
 
@@ -159,7 +161,9 @@ class LLM:
 
     def _render(self, messages: Any) -> str:
         if not getattr(self.tokenizer, "chat_template", None):
-            raise RequestError("this model's tokenizer has no chat template; use generate")
+            raise RequestError(
+                "this model's tokenizer has no chat template: give plain prompts, not a chat"
+            )
         try:
             text = self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True
@@ -203,8 +207,12 @@ class LLM:
         rows = zip(texts, encoded, sampling_params, strict=True)
         return [Request(text, ids, params, params.generator()) for text, ids, params in rows]
 
+    def _text_stream(self, request: Request) -> TextStream:
+        context = request.prompt_token_ids[-PROMPT_CONTEXT:]
+        return TextStream(self.tokenizer, request.params.stop_strings, context)
+
     def _run(self, requests: list[Request]) -> list[RequestOutput]:
-        texts = {r: TextStream(self.tokenizer, r.params.stop_strings) for r in requests}
+        texts = {request: self._text_stream(request) for request in requests}
         scheduler = Scheduler(self.model, self.cache, self.eos_token_ids, requests)
         try:
             while scheduler.unfinished:
@@ -215,7 +223,7 @@ class LLM:
         return [_output(request, texts[request].text) for request in requests]
 
     def _stream(self, request: Request) -> Iterator[StreamOutput]:
-        text = TextStream(self.tokenizer, request.params.stop_strings)
+        text = self._text_stream(request)
         scheduler = Scheduler(self.model, self.cache, self.eos_token_ids, [request])
         try:
             while scheduler.unfinished:

@@ -18,7 +18,11 @@ from quant.architectures import (
     DecoderConfig,
     block_prefix,
 )
-from quant.checkpoint.compressed_tensors import is_ignored, parse_quantization_config
+from quant.checkpoint.compressed_tensors import (
+    is_ignored,
+    packed_shapes,
+    parse_quantization_config,
+)
 from quant.checkpoint.reader import CheckpointReader
 from quant.decoder import (
     Attention,
@@ -30,7 +34,7 @@ from quant.decoder import (
 )
 from quant.errors import RequestError
 from quant_kernels.formats import WeightFormat, on_grid
-from quant_kernels.packing import CODES_PER_WORD, PackedWeight
+from quant_kernels.packing import PackedWeight
 
 # layer -> how its queries meet keys and values: over the sequence itself, or over a cache
 AttentionOf = Callable[[int], Attention]
@@ -108,6 +112,7 @@ def load_decoder(
     ignore = (reader.raw_config.get("quantization_config") or {}).get("ignore") or []
     cfg = reader.config
     reader.check_shapes(cfg.outer_shapes())
+    reader.check_tied()
     embedding = reader.read(f"{EMBEDDING}.weight", dtype).to(device)
     dtype = embedding.dtype
 
@@ -149,14 +154,11 @@ def _read_packed(
     fmt: WeightFormat,
     device: torch.device,
 ) -> PackedWeight:
-    out_features, in_features = shape
-    fmt.check(out_features, in_features, name)
-    reader.check_shapes(
-        {
-            f"{name}.weight_packed": (out_features, in_features // CODES_PER_WORD),
-            f"{name}.weight_scale": (out_features, fmt.groups(in_features)),
-        }
-    )
+    fmt.check(*shape, name)
+    reader.check_shapes(packed_shapes(name, shape, fmt))
+    for suffix in ("weight_g_idx", "weight_zero_point"):
+        if f"{name}.{suffix}" in reader.names:
+            raise RequestError(f"{name}.{suffix}: this layout of 4-bit weights is not supported")
     words = reader.read(f"{name}.weight_packed")
     scales = reader.read(f"{name}.weight_scale")
     if words.dtype != torch.int32:

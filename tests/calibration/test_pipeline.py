@@ -34,7 +34,7 @@ def windows_of(source: Path, calibration: dict) -> Tensor:
     """The calibration tokens [n, S] of a run on the local text."""
     tokens = load_tokens(calibration["dataset"], load_tokenizer(source), 258)
     return calibration_windows(
-        tokens, calibration["num_samples"], calibration["max_seq_length"], seed=0
+        tokens, calibration["num_calibration_samples"], calibration["max_seq_length"], seed=0
     )
 
 
@@ -161,7 +161,9 @@ def test_windows_pass_through_in_batches_and_all_of_them_count(
     for a, b in zip(whole.layers, parts.layers, strict=True):
         assert b.error_before == pytest.approx(a.error_before, rel=1e-3)
         assert b.error_after == pytest.approx(a.error_after, rel=0.05)
-    first = quantize(source, tmp_path / "first", device="cpu", **{**calibration, "num_samples": 2})
+    first = quantize(
+        source, tmp_path / "first", device="cpu", **{**calibration, "num_calibration_samples": 2}
+    )
     assert first.layers[0].error_before != pytest.approx(whole.layers[0].error_before, rel=1e-3)
 
 
@@ -336,7 +338,7 @@ def test_quantized_model_is_not_quantized_again(quantized_case, tmp_path):
         ({"device": "meta"}, "use auto, cpu, cuda"),
         ({"recipe": "gptqq"}, "did you mean 'gptq'"),
         ({"scheme": "w4a16"}, "w4afp8, w4a8"),
-        ({"num_samples": 0}, "must be positive"),
+        ({"num_calibration_samples": 0}, "must be positive"),
         ({"num_sample": 8}, "num_sample"),
     ],
 )

@@ -13,11 +13,11 @@ from quant.checkpoint.source import resolve_model
 from quant.errors import RequestError
 
 
-def write_gguf(path: Path, architecture: str) -> Path:
+def write_gguf(path: Path, architecture: str, *, tensor: str = "token_embd.weight") -> Path:
     from gguf import GGUFWriter
 
     writer = GGUFWriter(path, architecture)
-    writer.add_tensor("token_embd.weight", np.ones((4, 8), dtype=np.float32))
+    writer.add_tensor(tensor, np.ones((4, 8), dtype=np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -47,6 +47,12 @@ def test_an_unsupported_architecture_lists_the_supported(tmp_path: Path) -> None
     with pytest.raises(RequestError, match=r"'mamba'.*llama, mistral, qwen2, qwen3"):
         convert_gguf(path, tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
+
+
+def test_rotary_scaling_that_transformers_would_drop(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "model.gguf", "llama", tensor="rope_freqs.weight")
+    with pytest.raises(RequestError, match=r"rotary scaling \(rope_freqs\.weight\)"):
+        convert_gguf(path, tmp_path / "cache")
 
 
 @pytest.mark.slow

@@ -375,6 +375,6 @@ def test_unknown_formats_are_refused_with_the_known_ones(arguments, known):
 
 
 def test_bits_per_weight_counts_the_scales():
-    assert bits_per_weight(64, 1024, LUT_32) == 4.5
-    assert bits_per_weight(64, 1024, WeightFormat("w4a8", 128, "int8")) == 4.125
-    assert bits_per_weight(64, 1024, WeightFormat("w4a8", -1, "int8")) == 4 + 16 / 1024
+    assert bits_per_weight(1024, LUT_32) == 4.5
+    assert bits_per_weight(1024, WeightFormat("w4a8", 128, "int8")) == 4.125
+    assert bits_per_weight(1024, WeightFormat("w4a8", -1, "int8")) == 4 + 16 / 1024

@@ -226,6 +226,24 @@ def test_e4m3_to_float_knows_every_code():
     assert cpu.e4m3_to_float(codes[:0]).shape == (0,)
 
 
+def test_e4m3_to_float_keeps_subnormals_where_they_are_flushed():
+    code = (
+        "import torch; from quant_kernels import cpu; torch.set_flush_denormal(True);"
+        "codes = torch.arange(1, 8, dtype=torch.uint8).view(torch.float8_e4m3fn);"
+        "print((cpu.e4m3_to_float(codes) * 512).tolist())"
+    )
+    assert run_python(code).split("[")[1] == "1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]\n"
+
+
+def test_a_named_folder_without_the_library_is_an_error_and_no_fallback(tmp_path):
+    code = (
+        "import torch; from quant_kernels import native, packing\n"
+        "try: packing.unpack_int4(torch.zeros(1, 1, dtype=torch.int32))\n"
+        "except native.LibraryMissing: print('missing')"
+    )
+    assert run_python(code, QUANT_LIB_DIR=str(tmp_path)).strip() == "missing"
+
+
 def test_e4m3_to_float_refuses_what_it_cannot_read():
     codes = torch.zeros(4, 6).to(torch.float8_e4m3fn)
     with pytest.raises(ValueError, match=r"contiguous.*\[6, 4\]"):

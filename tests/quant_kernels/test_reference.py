@@ -1,6 +1,10 @@
 """The reference ops against integer and float64 arithmetic, with bounds from their formulas."""
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -312,3 +316,27 @@ def test_grouped_exact_gemm_does_not_round_its_operand_to_bf16():
     with reference.bf16_products():  # whatever the setting outside
         found = reference.gemm(codes, torch.ones(64, 1), weight, out_dtype=torch.float32)
     assert torch.equal(found, torch.full((64, 64), 7 * (1 + 2**-7)))
+
+
+@pytest.mark.parametrize("isa", ["SSE41", "AVX2", "AVX512_CORE", "DEFAULT"])
+def test_int8_product_is_exact_on_cpus_without_vnni(isa):
+    # Without VNNI, oneDNN's kernels saturate the sum of two products at 16 bits.
+    code = (
+        "import torch; from quant_kernels.reference import int8_matmul;"
+        "g = torch.Generator().manual_seed(0);"
+        "x = torch.randint(-127, 128, (33, 2600), generator=g).to(torch.int8); x[0] = 127;"
+        "w = torch.randint(-128, 129, (17, 2600), generator=g).clamp(-128, 127).float();"
+        "w[0] = 127; w[1] = -128;"
+        "exact = x.double() @ w.double().T;"
+        "assert torch.equal(int8_matmul(x, w), exact.float())"
+    )
+    paths = [str(Path(__file__).parents[2] / "kernels"), os.environ.get("PYTHONPATH", "")]
+    environment = {"PYTHONPATH": os.pathsep.join(paths), "ONEDNN_MAX_CPU_ISA": isa}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr

@@ -376,8 +376,9 @@ def test_a_chat_spells_its_first_token_once(load_llm: LoadLLM, byte_tokenizer: A
 
 def test_a_chat_that_cannot_be_rendered_is_refused(load_llm: LoadLLM) -> None:
     llm = load_llm()
-    with pytest.raises(RequestError, match="template refuses"):
-        llm.chat([{"role": "user"}, 3], GREEDY)  # type: ignore[list-item]
+    llm.tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(RequestError, match=r"template refuses.*roles must alternate"):
+        llm.chat([{"role": "user", "content": "a"}], GREEDY)
     llm.tokenizer.chat_template = None
     with pytest.raises(RequestError, match="no chat template"):
         llm.chat_prompt("Hello")
