@@ -75,31 +75,33 @@ def run(
     ],
     recipe: Annotated[str, typer.Option(help="A preset (gptq, rtn) or a YAML file.")] = "gptq",
     scheme: Annotated[
-        str | None, typer.Option(help="w4afp8 or w4a8. [recipe, else w4afp8]")
+        str | None, typer.Option(help="w4afp8 or w4a8. (default: w4afp8, or the recipe)")
     ] = None,
     group_size: Annotated[
         int | None,
-        typer.Option(help="32, 64, 128, or -1 for per channel. [recipe, else 128]"),
+        typer.Option(help="32, 64, 128, or -1 for per channel. (default: 128, or the recipe)"),
     ] = None,
     numerics: Annotated[
-        str | None, typer.Option(help="w4afp8: lut or exact. [recipe, else lut]")
+        str | None, typer.Option(help="w4afp8: lut or exact. (default: lut, or the recipe)")
     ] = None,
     dataset: Annotated[
         str | None,
-        typer.Option(help="For calibration: builtin, a file, a hub id. [recipe, else builtin]"),
+        typer.Option(
+            help="For calibration: builtin, a file, a hub id. (default: builtin, or the recipe)"
+        ),
     ] = None,
     num_calibration_samples: Annotated[
-        int | None, typer.Option(help="Windows of text. [recipe, else 128]")
+        int | None, typer.Option(help="Windows of text. (default: 128, or the recipe)")
     ] = None,
     max_seq_length: Annotated[
-        int | None, typer.Option(help="Tokens in a window. [recipe, else 512]")
+        int | None, typer.Option(help="Tokens in a window. (default: 512, or the recipe)")
     ] = None,
     ignore: Annotated[
         list[str] | None,
         typer.Option(help="Layer to leave alone: its full name, or re:<regex>. Repeatable."),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(help="Which windows calibration sees. [recipe, else 0]")
+        int | None, typer.Option(help="Which windows calibration sees. (default: 0, or the recipe)")
     ] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
