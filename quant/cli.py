@@ -290,7 +290,7 @@ def demo(
             model, output, scheme=scheme, group_size=group_size, on_progress=on_progress
         )
     for part in tables.demo_tables(result):
-        out.print(part)
+        out.print(part, soft_wrap=isinstance(part, Text))  # a command to copy stays one line
     write_json(json_path, {"command": "demo", **dataclasses.asdict(result)})
 
 
