@@ -13,8 +13,7 @@ from quant_kernels.packing import CODES_PER_WORD, pack_int4, unpack_int4
 @pytest.fixture(params=["library", "torch"])
 def unpack(request, monkeypatch):
     """Both ways of unpacking: the C++ library, where it is built, and plain torch."""
-    if request.param == "library" and not cpu.usable():
-        pytest.skip("libquant_cpu.so is not built")
+    assert cpu.usable(), cpu.why_unavailable()
     monkeypatch.setattr(cpu, "usable", lambda: request.param == "library")
     return unpack_int4
 
