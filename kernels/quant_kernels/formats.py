@@ -38,7 +38,8 @@ E4M3_MAX = 448.0
 INT8_MAX = 127.0
 LUT_ANCHOR = 56.0
 INT8_ANCHOR = 16.0
-# Below this t the products near zero leave E4M3's normal range; see `round_e4m3`.
+# The smallest group scale in use, 224 times below the anchor: a group that would want less hardly
+# counts in its row. Products stay in E4M3's normal range, which ends at 2^-6.
 LUT_SCALE_MIN = 0.25
 ROW_UNIT_BITS = 4
 GROUP_SIZES = (32, 64, 128)

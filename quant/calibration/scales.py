@@ -37,7 +37,7 @@ from quant_kernels.formats import (
     round_row_unit,
 )
 
-# A scale of max|W| / HALF_RANGE clips at most half a step at the negative end.
+# A scale of max|W| / HALF_RANGE clips at most half a step, and only at the positive end.
 HALF_RANGE = (CODE_MAX - CODE_MIN) / 2
 # Clipping below half of the range never pays for 4 bits.
 SMALLEST_SHRINK = 0.5
