@@ -11,6 +11,7 @@ scaling, sliding windows, tied embeddings.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ from quant.errors import RequestError
 # model_type -> whether a head's q and k are RMS-normalized before RoPE.
 SUPPORTED = {"llama": False, "mistral": False, "qwen2": False, "qwen3": True}
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+LAYER_TYPES = ("full_attention", "sliding_attention")
 
 # The four places of a block whose inputs are quantized, in the order in which they are computed,
 # and the linears that share each input.
@@ -71,6 +73,11 @@ class DecoderConfig:
         heads = config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         inv_freq, rope_factor = _rotary_frequencies(config, head_dim)
+        if not bool(inv_freq.isfinite().all()) or not math.isfinite(rope_factor):
+            raise RequestError(
+                "rotary frequencies are not finite with these rope_parameters: "
+                f"{dict(config.rope_parameters)}"
+            )
         attention_bias = bool(getattr(config, "attention_bias", False))
         is_qwen2 = config.model_type == "qwen2"
         return cls(
@@ -123,6 +130,10 @@ class DecoderConfig:
                 shapes[f"{linear}.bias"] = (out_features,)
         return shapes
 
+    def block_elements(self) -> int:
+        """How many numbers one block's tensors hold."""
+        return sum(torch.Size(shape).numel() for shape in self.block_shapes().values())
+
     def has_bias(self, linear: str) -> bool:
         if linear.startswith("mlp."):
             return self.mlp_bias
@@ -143,8 +154,17 @@ def check_model_type(model_type: str) -> None:
     if model_type not in SUPPORTED:
         supported = ", ".join(sorted(SUPPORTED))
         raise RequestError(
-            f"model_type {model_type!r} is not supported; supported: {supported}. "
+            f"model_type {model_type!r:.80} is not supported; supported: {supported}. "
             "Models of other types are not quantized, not even partly"
+        )
+
+
+def check_rope_type(rope_type: Any) -> None:
+    if rope_type not in ROPE_TYPES:
+        raise RequestError(
+            f"rotary scaling (rope_type) {rope_type!r} is not supported; supported: "
+            f"{', '.join(ROPE_TYPES)}. Types whose frequencies change with the prompt's length are "
+            "refused"
         )
 
 
@@ -185,11 +205,7 @@ def _rotary_frequencies(config: Any, head_dim: int) -> tuple[Tensor, float]:
     if any(isinstance(value, Mapping) for value in rope.values()):
         raise RequestError("rotary embeddings that differ by layer type are not supported")
     rope_type = rope.get("rope_type", "default")
-    if rope_type not in ROPE_TYPES:
-        raise RequestError(
-            f"rotary scaling {rope_type!r} is not supported; supported: {', '.join(ROPE_TYPES)}. "
-            "Types whose frequencies change with the prompt's length are refused"
-        )
+    check_rope_type(rope_type)
     if float(rope.get("partial_rotary_factor", 1.0)) != 1.0:
         raise RequestError(
             "partial rotary embeddings (partial_rotary_factor < 1) are not supported"

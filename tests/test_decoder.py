@@ -213,9 +213,11 @@ def test_other_activation_than_silu_is_refused(tiny_checkpoint, tmp_path):
         load_decoder(directory)
 
 
-@pytest.mark.parametrize("key", ["hidden_size", "intermediate_size", "num_key_value_heads"])
-def test_shape_that_contradicts_the_config_names_the_tensor(key, tiny_checkpoint, tmp_path):
-    directory = edited(tiny_checkpoint("llama"), tmp_path / "m", **{key: 64})
+@pytest.mark.parametrize(
+    ("key", "value"), [("hidden_size", 64), ("intermediate_size", 64), ("num_key_value_heads", 1)]
+)
+def test_shape_that_contradicts_the_config_names_the_tensor(key, value, tiny_checkpoint, tmp_path):
+    directory = edited(tiny_checkpoint("llama"), tmp_path / "m", **{key: value})
     with pytest.raises(RequestError, match=r"tensor model\..* is \[.*config.json makes it"):
         load_decoder(directory)
 

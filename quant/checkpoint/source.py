@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import reprlib
+import stat
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,13 @@ from quant.errors import RequestError
 HUB_IGNORED = ["consolidated*", "*/*"]  # the same weights in another layout; subfolders
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+
+# Published config.json files are a few KB. A parser's objects take some 30 times the text.
+MAX_JSON_BYTES = 16 << 20
+# What is read may be written again later, and Python's encoder stops at a few hundred levels.
+MAX_JSON_DEPTH = 64
+# 64-bit integers have at most 20 characters. Thousands of digits take quadratic time to print.
+MAX_INTEGER_CHARACTERS = 20
 
 
 def cache_directory() -> Path:
@@ -60,10 +70,16 @@ def resolve_model(
 
 def check_directory(directory: Path) -> dict[str, Any]:
     """Check config.json and that the weights are safetensors; returns the parsed config.json."""
-    config = read_json(directory / "config.json")
+    path = directory / "config.json"
+    config = read_json(path)
     if "model_type" not in config:
-        raise RequestError(f"{directory / 'config.json'} has no 'model_type'")
-    check_model_type(str(config["model_type"]))
+        raise RequestError(f"{path} has no 'model_type'")
+    if not isinstance(model_type := config["model_type"], str):
+        raise RequestError(f"{path}: model_type is {reprlib.repr(model_type)}, not a string")
+    try:
+        check_model_type(model_type)
+    except RequestError as error:
+        raise RequestError(f"{path}: {error}") from None
     if not list(directory.glob("*.safetensors")):
         pickles = sorted(p.name for pattern in PICKLES for p in directory.glob(pattern))
         if pickles:
@@ -76,17 +92,89 @@ def check_directory(directory: Path) -> dict[str, Any]:
     return config
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, or RequestError that names the file."""
+def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """A JSON object from a file, or RequestError that names the file.
+
+    The size is checked before anything is read. See `parse_json` for what is refused.
+    """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):  # a pipe would block for ever
+            raise RequestError(f"{path} is not a regular file")
+        if found.st_size > max_bytes:
+            raise RequestError(
+                f"{path} has {found.st_size:,} bytes; at most {max_bytes:,} are read, far more "
+                "than such a file needs. Is it another file under this name?"
+            )
+        with path.open("rb") as file:
+            text = file.read(found.st_size)  # a larger number would be allocated in advance
     except FileNotFoundError:
         raise RequestError(f"{path.parent} has no {path.name}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {error.strerror}") from None
+    try:
+        value = parse_json(text)
+        _check_depth(value)
+    except ValueError as error:
         raise RequestError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise RequestError(f"{path} holds a {type(value).__name__}, not a JSON object")
     return value
+
+
+def parse_json(text: bytes) -> dict[str, Any]:
+    """The JSON object in a text; ValueError with the reason where it is not exactly one.
+
+    Stricter than `json`: what parsers disagree about (keys that occur twice, NaN and Infinity) and
+    what only an attack needs (deep nesting, integers beyond 64 bits) is refused.
+    """
+    try:
+        value = json.loads(
+            text.decode("utf-8"),
+            object_pairs_hook=_object,
+            parse_int=_integer,
+            parse_constant=_constant,
+        )
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"it is not an object but {reprlib.repr(value)}")
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise ValueError(f"the key {reprlib.repr(key)} occurs twice")
+            seen.add(key)
+    return value
+
+
+def _integer(literal: str) -> int:
+    if len(literal) > MAX_INTEGER_CHARACTERS:
+        raise ValueError(f"{literal[:MAX_INTEGER_CHARACTERS]}... is an integer beyond 64 bits")
+    return int(literal)
+
+
+def _constant(literal: str) -> float:
+    raise ValueError(f"{literal} is no JSON number")
+
+
+def _check_depth(value: Mapping[str, Any]) -> None:
+    """ValueError, naming the outermost key, where containers lie too deep in one another."""
+    for key, inside in value.items():
+        level, depth = [inside], 1
+        while level := [item for outer in level for item in _items(outer)]:
+            depth += 1
+            if depth > MAX_JSON_DEPTH:
+                raise ValueError(f"{reprlib.repr(key)} is nested deeper than {MAX_JSON_DEPTH}")
+
+
+def _items(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return list(value.values())
+    return value if isinstance(value, list) else []
 
 
 def _looks_like_path(model: str) -> bool:
