@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -105,7 +105,22 @@ def run(
     ] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done.")] = False,
+    activation_offload: Annotated[
+        str, typer.Option(help="Where activations wait: auto, none (on the device), cpu, disk.")
+    ] = "auto",
+    max_shard_size: Annotated[str, typer.Option(help="Of OUT's files: 5GB, 500MB, 1GiB.")] = "5GB",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on after the last block of an unfinished run.")
+    ] = False,
+    on_failure: Annotated[
+        str, typer.Option(help="Layers that cannot be quantized: stop, or skip-to-bf16.")
+    ] = "stop",
+    max_error: Annotated[
+        float, typer.Option(help="Share of its output's energy that a layer may lose.")
+    ] = 0.5,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done, and how long it takes.")
+    ] = False,
     trust_remote_code: TrustRemoteCode = False,
     revision: Revision = None,
     json_path: Json = None,
@@ -124,17 +139,42 @@ def run(
         "seed": seed,
         "revision": revision,
         "trust_remote_code": trust_remote_code,
+        "activation_offload": activation_offload,
+        "max_shard_size": int(max_shard_size) if max_shard_size.isdigit() else max_shard_size,
+        "on_failure": on_failure,
+        "max_error": max_error,
     }
     check_json_path(json_path)
     if dry_run:
-        plan = calibration.plan(model, output, recipe, dtype=dtype, device=device, **request)
+        with progress_bars() as on_progress:
+            plan = calibration.plan(
+                model,
+                output,
+                recipe,
+                dtype=dtype,
+                device=device,
+                measure=True,
+                on_progress=on_progress,
+                **request,
+            )
         out.print(tables.plan_table(plan))
         write_json(json_path, {"command": "run", "dry_run": True, **plan.to_dict()})
         return
-    with progress_bars() as on_progress:
-        report = calibration.quantize(
-            model, output, recipe, dtype=dtype, device=device, on_progress=on_progress, **request
-        )
+    with progress_bars(stops_between=True) as on_progress:
+        try:
+            report = calibration.quantize(
+                model,
+                output,
+                recipe,
+                dtype=dtype,
+                device=device,
+                resume=resume,
+                on_progress=on_progress,
+                **request,
+            )
+        except (KeyboardInterrupt, SystemExit):
+            say_what_is_kept(output)
+            raise
     out.print(tables.run_table(report))
     write_json(json_path, {"command": "run", "dry_run": False, **report.to_dict()})
 
@@ -294,9 +334,47 @@ def demo(
     write_json(json_path, {"command": "demo", **dataclasses.asdict(result)})
 
 
+def say_what_is_kept(output: Path) -> None:
+    """After an interruption: what is done, and how to go on."""
+    from quant.calibration.quantize import finished_blocks
+
+    if output.expanduser().exists():  # it was refused where it had been there before
+        err.print(f"stopped after the last step; {output} is complete")
+    elif blocks := finished_blocks(output):
+        err.print(
+            f"stopped; {blocks} blocks are done and kept. "
+            "To go on, run the same command with --resume"
+        )
+    else:
+        err.print("stopped before the first block was done; nothing was left behind")
+
+
 @contextmanager
-def progress_bars() -> Iterator[OnProgress]:
-    """One bar per stage on stderr, in the order in which the stages begin."""
+def interrupt_flag() -> Iterator[list[int]]:
+    """A list that the first SIGINT or SIGTERM adds its number to; the second stops at once."""
+    received: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, _: object) -> None:
+        received.append(number)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def progress_bars(stops_between: bool = False) -> Iterator[OnProgress]:
+    """One bar per stage on stderr, in the order in which the stages begin.
+
+    stops_between: the first interrupt stops at the next event, so between two tensors.
+    """
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bars
 
@@ -307,20 +385,23 @@ def progress_bars() -> Iterator[OnProgress]:
         TimeElapsedColumn(),
         TextColumn("{task.fields[what]}", markup=False),
     )
-    with Bars(*columns, console=err) as bars:
+    with Bars(*columns, console=err) as bars, ExitStack() as stack:
         tasks: dict[str, Any] = {}
+        received = stack.enter_context(interrupt_flag()) if stops_between else []
 
         def listen(p: Progress) -> None:
+            if received:
+                raise (
+                    KeyboardInterrupt
+                    if received[0] == signal.SIGINT
+                    else SystemExit(128 + signal.SIGTERM)
+                )
             if p.stage not in tasks:
                 tasks[p.stage] = bars.add_task(p.stage, total=p.total, what=p.what)
             what = p.what if p.done < p.total else ""
             bars.update(tasks[p.stage], completed=p.done, total=p.total, what=what)
 
-        try:
-            yield listen
-        except KeyboardInterrupt:
-            err.print("interrupted; nothing was left behind")
-            raise
+        yield listen
 
 
 def user_message(text: str) -> dict[str, str]:

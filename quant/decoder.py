@@ -23,6 +23,7 @@ from torch import Tensor
 from quant.architectures import SITES, DecoderConfig
 from quant_kernels import reference
 from quant_kernels.packing import PackedWeight
+from quant_kernels.reference import ExpandedWeight
 
 # q [B, S, Hq, D], k and v [B, S, Hk, D], all after RoPE -> [B, S, Hq, D]
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -150,6 +151,21 @@ def site_outputs(linears: Sequence[Linear], x: Tensor) -> list[Tensor]:
             y = F.linear(tokens, weight, linear.bias)
         outputs.append(y.unflatten(0, x.shape[:2]))
     return outputs
+
+
+def packed_outputs(
+    linears: Sequence[tuple[ExpandedWeight, Tensor | None]],
+    codes: Tensor,
+    scale: Tensor,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    """`site_outputs` of weights (with biases) that all are packed, from an input that is quantized.
+
+    codes [T, K], scale [T, 1]: of x [B, S, K]; shape: (B, S). Returns [B, S, N] each, in dtype.
+    """
+    outputs = (reference.gemm(codes, scale, weight, bias, dtype) for weight, bias in linears)
+    return [y.unflatten(0, tuple(shape)) for y in outputs]
 
 
 def block_forward(

@@ -21,7 +21,8 @@ from quant.calibration.quantize import directory_bytes, quantize
 from quant.checkpoint.source import cache_directory, resolve_model
 from quant.errors import RequestError
 from quant.evaluation.perplexity import evaluate_perplexity
-from quant.report import OnProgress, Progress, RunReport, peak_memory_bytes, reset_peak_memory
+from quant.memory import peak_memory_bytes, reset_peak_memory
+from quant.report import OnProgress, Progress, RunReport
 from quant.runtime.llm import LLM
 from quant.runtime.sampling import SamplingParams
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import re
-import resource
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +18,8 @@ class LayerReport:
 
     error_before / error_after: tr((W - W^) H (W - W^)^T) / tr(W H W^T), the share of the output's
     energy that rounding loses on the calibration tokens: round-to-nearest with absmax scales, and
-    what the recipe made of it. damping: None where no Hessian was inverted. seconds: this linear's
-    share, by rows, of its site's time.
+    what the recipe made of it. damping: None where no Hessian was factored. seconds: this linear's
+    share of its site's time; not in a checkpoint's report file, so equal runs write equal bytes.
     """
 
     name: str
@@ -34,25 +31,54 @@ class LayerReport:
     error_before: float
     error_after: float
     damping: float | None
-    seconds: float
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class SkippedLayers:
+    """Linears that share an input and could not be quantized, by full name, and why."""
+
+    names: tuple[str, ...]
+    reason: str
 
 
 @dataclass(frozen=True)
 class RunReport:
-    """A finished quantization. Sizes in bytes; bits_per_weight over the quantized linears."""
+    """A finished quantization. Sizes in bytes; bits_per_weight over the quantized linears.
+
+    ignored: linears that stay as they were, those of `skipped` among them. resumed_blocks: those
+    that an earlier run had finished. peak_device_bytes: of a GPU; None without one.
+    start_memory_bytes: resident when the run began, with the interpreter and its libraries.
+    block_bytes: one block's weights in FP32. activation_bytes: what waits between two steps, at
+    activation_place ("device", "cpu" or "disk").
+    """
 
     output: str
     recipe: dict[str, Any]
     layers: tuple[LayerReport, ...]
     ignored: tuple[str, ...]
+    skipped: tuple[SkippedLayers, ...]
+    resumed_blocks: int
     seconds: float
     peak_memory_bytes: int
+    peak_device_bytes: int | None
+    start_memory_bytes: int
+    block_bytes: int
+    activation_bytes: int
+    activation_place: str
     size_bytes: int
     source_size_bytes: int
     bits_per_weight: float
 
+    @property
+    def memory_limit_bytes(self) -> int:
+        """What a streaming run should stay under: 1.5 x one block and the activations in memory,
+        beside what was there when it began."""
+        held = self.activation_bytes if self.activation_place == "cpu" else 0
+        return int(1.5 * (self.block_bytes + held)) + self.start_memory_bytes
+
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        return {**dataclasses.asdict(self), "memory_limit_bytes": self.memory_limit_bytes}
 
 
 @dataclass(frozen=True)
@@ -90,7 +116,11 @@ def mean_bits_per_weight(layers: Sequence[HasBits]) -> float:
 
 
 def to_jsonl(rows: Iterable[LayerReport]) -> str:
-    return "".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in rows)
+    """A report file: one row a line, without the times."""
+    plain = (dataclasses.asdict(row) for row in rows)
+    return "".join(
+        json.dumps({k: v for k, v in row.items() if k != "seconds"}) + "\n" for row in plain
+    )
 
 
 def read_jsonl(path: Path) -> list[LayerReport]:
@@ -102,18 +132,3 @@ def read_jsonl(path: Path) -> list[LayerReport]:
         return [LayerReport(**{**row, "shape": tuple(row["shape"])}) for row in rows]
     except (ValueError, TypeError, KeyError) as error:
         raise RequestError(f"{path} is not a report of fourbyeight: {error!r}") from error
-
-
-def peak_memory_bytes() -> int:
-    """The largest resident set of this process so far, or since `reset_peak_memory`."""
-    with contextlib.suppress(OSError):
-        status = Path("/proc/self/status").read_text(encoding="utf-8")
-        if found := re.search(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE):
-            return int(found[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def reset_peak_memory() -> None:
-    """Start a new measurement of the peak, so that stages of one process can be told apart."""
-    with contextlib.suppress(OSError):  # a sandbox may forbid it; the peak is then the process's
-        Path("/proc/self/clear_refs").write_text("5")

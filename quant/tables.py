@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 # The layers that lost most are what a reader looks for first.
 WORST_LAYERS = 5
+PLACES = {"device": "on the device", "cpu": "in host memory", "disk": "on disk"}
 
 
 def size(count: float) -> str:
@@ -28,6 +29,13 @@ def size(count: float) -> str:
             return f"{count:.1f} {unit}" if unit != "B" else f"{count:.0f} B"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: 45 s, 12 min, 3.4 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 
 def key_value(title: str, rows: list[tuple[str, str]]) -> Table:
@@ -52,12 +60,31 @@ def run_table(report: RunReport) -> Table:
         ("output error", f"{after:.3%} mean over layers (round to nearest: {before:.3%})"),
         ("worst layers", "\n".join(f"{row.name}  {row.error_after:.3%}" for row in worst)),
         ("seconds", f"{report.seconds:.1f}"),
-        ("peak memory", size(report.peak_memory_bytes)),
+        ("peak memory", memory_line(report)),
     ]
+    if report.resumed_blocks:
+        rows.insert(2, ("resumed", f"{report.resumed_blocks} blocks were done before"))
+    for item in report.skipped:
+        names = ", ".join(item.names)
+        rows.insert(2, ("NOT QUANTIZED", f"{names}: {item.reason}"))
     if raised:
         names = "\n".join(f"{row.name}  {row.damping:g}" for row in raised)
         rows.insert(6, ("more damping", names))
     return key_value(f"wrote {report.output}", rows)
+
+
+def memory_line(report: RunReport) -> str:
+    """The peak beside what it should stay under: 1.5 x what has to be there."""
+    inside = report.activation_bytes if report.activation_place == "cpu" else 0
+    place = PLACES[report.activation_place]
+    line = (
+        f"{size(report.peak_memory_bytes)}; 1.5 x ({size(report.block_bytes)} a block + "
+        f"{size(inside)} of {size(report.activation_bytes)} activations, {place}) + "
+        f"{size(report.start_memory_bytes)} at the start = {size(report.memory_limit_bytes)}"
+    )
+    if report.peak_device_bytes is not None:
+        line += f"\n{size(report.peak_device_bytes)} on the device"
+    return line
 
 
 def asked_damping(report: RunReport) -> float:
@@ -87,10 +114,13 @@ def plan_table(plan: RunPlan) -> Table:
         ("bits per weight", f"{plan.bits_per_weight:.3f} in the quantized layers"),
         (
             "memory",
-            f"{size(plan.block_bytes)} a block, {size(plan.activation_bytes)} activations, "
-            f"{size(plan.hessian_bytes)} Hessians",
+            f"about {size(plan.memory_bytes)} beside the program: {size(plan.block_bytes)} a block "
+            f"in FP32, {size(plan.activation_bytes)} activations ({PLACES[plan.activation_place]})",
         ),
+        ("disk", f"{size(plan.disk_bytes)} while it runs"),
     ]
+    if plan.seconds is not None:
+        rows.append(("time", f"about {duration(plan.seconds)}, from one measured block"))
     return key_value("dry run: nothing is written", rows)
 
 

@@ -184,6 +184,15 @@ def tiny_checkpoint(
     return make
 
 
+@pytest.fixture(scope="session")
+def deep_checkpoint(byte_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four blocks, where two are too few to stop between them more than once."""
+    directory = tmp_path_factory.mktemp("deep")
+    _save_model(Kind("llama", {"num_hidden_layers": 4}), _seed("deep"), directory)
+    byte_tokenizer.save_pretrained(directory)
+    return directory
+
+
 @pytest.fixture(params=KINDS)
 def kind(request: pytest.FixtureRequest) -> str:
     """Every kind of tiny checkpoint, one after the other."""

@@ -104,15 +104,18 @@ def test_dry_run_writes_nothing_and_predicts_the_size(
 ) -> None:
     source, output = tiny_checkpoint("llama"), tmp_path / "out"
     request = ["run", source, "-o", output, *small, "--json", tmp_path / "figures.json"]
-    code, _, err = run(*request, "--dry-run")
+    code, out, err = run(*request, "--dry-run")
     assert code == 0, err
     assert not output.exists()
     plan = json.loads((tmp_path / "figures.json").read_text())
     assert plan["dry_run"] is True
+    assert plan["seconds"] > 0
+    assert "from one measured block" in " ".join(out.split())
+    assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]
     assert run(*request)[0] == 0
     report = json.loads((tmp_path / "figures.json").read_text())
-    # The plan counts tensors; a file adds its header.
-    assert 0 <= report["size_bytes"] - plan["size_bytes"] < 20_000
+    # A file adds the length of its header, and rounds the header up to 8 bytes.
+    assert 0 < report["size_bytes"] - plan["size_bytes"] <= 16
     assert plan["bits_per_weight"] == report["bits_per_weight"]
 
 
@@ -235,6 +238,12 @@ def test_wrong_models(
         (["--ignore", "re:("], "no regular expression"),
         (["--dtype", "int8", "--dry-run"], "bfloat16"),
         (["--max-seq-length", 300, "--dry-run"], "max_position_embeddings is 256"),
+        (["--on-failure", "skip"], "known: stop, skip-to-bf16"),
+        (["--max-error", "0"], "must be positive"),
+        (["--max-error", "nan"], "must be positive"),
+        (["--activation-offload", "gpu"], "known: auto, none, cpu, disk"),
+        (["--max-shard-size", "5XB"], "write 5GB, 500MB or 1GiB"),
+        (["--max-shard-size", "0"], "not positive"),
     ],
 )
 def test_wrong_options(
@@ -247,22 +256,6 @@ def test_wrong_options(
 ) -> None:
     source = tiny_checkpoint("llama")
     assert part in refused(run, tmp_path, "run", source, "-o", tmp_path / "out", *small, *options)
-
-
-def test_failed_work_is_exit_code_1_and_leaves_nothing(
-    run: Run, tiny_checkpoint: Any, small: list[str], tmp_path: Path
-) -> None:
-    from safetensors.torch import load_file, save_file
-
-    broken = tmp_path / "broken"
-    shutil.copytree(tiny_checkpoint("llama"), broken)
-    tensors = load_file(broken / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
-    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
-    code, _, err = run("run", broken, "-o", tmp_path / "out", *small)
-    assert code == 1, err
-    assert "model.layers.1.mlp" in err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken"]
 
 
 def test_generate_and_eval_refuse(run: Run, tiny_checkpoint: Any, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from quant_kernels import cpu
-from quant_kernels.formats import CODE_MIN, FormatError, WeightFormat
+from quant_kernels.formats import CODE_MAX, CODE_MIN, FormatError, WeightFormat
 
 CODES_PER_WORD = 8
 
@@ -31,14 +31,13 @@ def pack_int4(codes: Tensor) -> Tensor:
     rows, columns = codes.shape
     if columns % CODES_PER_WORD:
         raise FormatError(f"cannot pack codes [{rows}, {columns}]: K must be a multiple of 8")
-    nibbles = (codes.to(torch.int64) - CODE_MIN).reshape(
-        rows, columns // CODES_PER_WORD, CODES_PER_WORD
-    )
-    if nibbles.numel() and (int(nibbles.min()) < 0 or int(nibbles.max()) > 15):
+    if codes.numel() and (int(codes.min()) < CODE_MIN or int(codes.max()) > CODE_MAX):
         raise FormatError("cannot pack codes outside [-8, 7]")
-    shifts = torch.arange(0, 32, 4, device=codes.device)
-    words = (nibbles << shifts).sum(dim=-1)  # in [0, 2^32)
-    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+    # Nibble i of a word is code 8 j + i; bit 31 is the sign, so the top nibble wraps as it should.
+    words = torch.zeros(rows, columns // CODES_PER_WORD, dtype=torch.int32, device=codes.device)
+    for i in range(CODES_PER_WORD):
+        words |= (codes[:, i::CODES_PER_WORD].to(torch.int32) - CODE_MIN) << (4 * i)
+    return words
 
 
 def unpack_int4(words: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import functools
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,12 +23,43 @@ from quant_kernels.formats import (
     E4M3_MAX,
     INT8_MAX,
     FormatError,
+    WeightFormat,
     e4m3_values,
     kernel_operand,
 )
 from quant_kernels.packing import CODES_PER_WORD, PackedWeight, unpack_int4
 
+# Elements of a weight that are unpacked together: their temporaries stay some ten megabytes.
+ELEMENTS_AT_ONCE = 2**21
+
 _precision_lock = threading.RLock()
+
+
+@dataclass(frozen=True)
+class ExpandedWeight:
+    """A weight unpacked once for many products: operand P(q, t) [N, K] and row units c [N, 1] FP32.
+
+    The operand is int8 for w4a8, and FP32 for w4afp8.
+    """
+
+    operand: Tensor
+    c: Tensor
+    fmt: WeightFormat
+
+
+def expand(weight: PackedWeight) -> ExpandedWeight:
+    """The operand of a packed weight; `gemm` with either gives the same bits."""
+    columns = weight.words.shape[1] * CODES_PER_WORD
+    rows = max(1, ELEMENTS_AT_ONCE // columns)
+    dtype = torch.int8 if weight.fmt.scheme == "w4a8" else torch.float32
+    words, device = weight.words, weight.words.device
+    operand = torch.empty(len(words), columns, dtype=dtype, device=device)
+    c = torch.empty(len(words), 1, device=device)
+    for start in range(0, len(words), rows):
+        part = slice(start, start + rows)
+        product, unit = kernel_operand(unpack_int4(words[part]), weight.scales[part], weight.fmt)
+        operand[part], c[part] = product, unit
+    return ExpandedWeight(operand, c, weight.fmt)
 
 
 def quantize_activation(x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
@@ -56,41 +88,41 @@ def dequantize_activation(codes: Tensor, scale: Tensor) -> Tensor:
 def gemm_w4afp8(
     x_codes: Tensor,
     x_scale: Tensor,
-    weight: PackedWeight,
+    weight: PackedWeight | ExpandedWeight,
     bias: Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
     """INT4 x FP8 GEMM.
 
-    x_codes [M, K] float8_e4m3fn, x_scale [M, 1] FP32; weight [N, K] as stored; bias [N]
+    x_codes [M, K] float8_e4m3fn, x_scale [M, 1] FP32; weight [N, K], packed or expanded; bias [N]
     -> [M, N] out_dtype. Accumulates in FP32.
     """
     _check("gemm_w4afp8", "w4afp8", torch.float8_e4m3fn, x_codes, x_scale, weight)
-    operand, c = kernel_operand(unpack_int4(weight.words), weight.scales, weight.fmt)
+    weight = weight if isinstance(weight, ExpandedWeight) else expand(weight)
     # E4M3 codes and lut operands are exact in BF16, so hardware BF16 products lose nothing.
     exact_in_bf16 = weight.fmt.numerics == "lut" or weight.fmt.per_channel
     with bf16_products(exact_in_bf16):
-        acc = e4m3_values(x_codes) @ operand.T
-    return _epilogue(acc, x_scale, c, bias, out_dtype)
+        acc = e4m3_values(x_codes) @ weight.operand.T
+    return _epilogue(acc, x_scale, weight.c, bias, out_dtype)
 
 
 def gemm_w4a8(
     x_codes: Tensor,
     x_scale: Tensor,
-    weight: PackedWeight,
+    weight: PackedWeight | ExpandedWeight,
     bias: Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
     """INT4 x INT8 GEMM: as `gemm_w4afp8` with x_codes int8; INT32 accumulation over all of K."""
     _check("gemm_w4a8", "w4a8", torch.int8, x_codes, x_scale, weight)
-    operand, c = kernel_operand(unpack_int4(weight.words), weight.scales, weight.fmt)
-    return _epilogue(int8_matmul(x_codes, operand), x_scale, c, bias, out_dtype)
+    weight = weight if isinstance(weight, ExpandedWeight) else expand(weight)
+    return _epilogue(int8_matmul(x_codes, weight.operand), x_scale, weight.c, bias, out_dtype)
 
 
 def gemm(
     x_codes: Tensor,
     x_scale: Tensor,
-    weight: PackedWeight,
+    weight: PackedWeight | ExpandedWeight,
     bias: Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
@@ -155,16 +187,19 @@ def _check(
     code_dtype: torch.dtype,
     x_codes: Tensor,
     x_scale: Tensor,
-    weight: PackedWeight,
+    weight: PackedWeight | ExpandedWeight,
 ) -> None:
-    words = weight.words
+    if isinstance(weight, ExpandedWeight):
+        columns = weight.operand.shape[1]
+    else:
+        columns = weight.words.shape[1] * CODES_PER_WORD
     if weight.fmt.scheme != scheme:
         raise FormatError(f"{op} takes {scheme} weights, got {weight.fmt}")
     if x_codes.dtype != code_dtype:
         raise FormatError(f"{op} takes {code_dtype} activation codes, got {x_codes.dtype}")
-    if x_codes.dim() != 2 or x_codes.shape[1] != words.shape[1] * CODES_PER_WORD:
+    if x_codes.dim() != 2 or x_codes.shape[1] != columns:
         raise FormatError(
-            f"{op}: x_codes {list(x_codes.shape)} and words {list(words.shape)} disagree on K"
+            f"{op}: x_codes {list(x_codes.shape)} and a weight of K = {columns} disagree on K"
         )
     if x_scale.shape != (x_codes.shape[0], 1):
         raise FormatError(

@@ -4,9 +4,17 @@ For a linear with weight W [N, K] and calibration inputs X [T, K], rounding to W
 
     |X (W - W^)^T|^2 = tr((W - W^) H (W - W^)^T),        H = X^T X / T
 
-GPTQ (Frantar et al., 2022, eq. 2 and 3): with U the upper Cholesky factor of H^-1 and columns in
-some order, rounding column j leaves the error e_j = (w_j - w^_j) / U[j, j], and the columns after
-it take w_k -= e_j U[j, k].
+GPTQ (Frantar et al., 2022, eq. 2 and 3) rounds the columns in some order and moves those that
+remain by the error of the last one. LDLQ is the same rounding with the errors kept apart (QuIP,
+Chee et al., 2023, eq. 2 and theorem 6): with the columns in that order, H = R R^T, R upper
+triangular,
+
+    w^_k = Q(w_k + sum_{j < k} (w_j - w^_j) R[j, k] / R[k, k])
+
+Proof: GPTQ's factor is U = R^-1, from H^-1 = U^T U. Its errors e_j = (w'_j - w^_j) / U[j, j] obey
+w - w^ = e U, so e = (w - w^) R; column k of that, divided by R[k, k], is the line above. Nothing is
+inverted, which is a quarter of the work. `InputHessian` keeps the columns in reverse, where R is
+the ordinary lower Cholesky factor L: R[j, k] = L[K-1-j, K-1-k].
 
 Scales are fixed beforehand from the original weights in their natural groups (static groups), so
 the order may follow the Hessian's diagonal (act-order) without any index array in the checkpoint.
@@ -16,109 +24,69 @@ multiplies.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from quant_kernels.formats import (
-    CODE_MIN,
-    WeightFormat,
-    midpoints,
-    product_levels,
-    split_scales,
-)
+from quant.calibration.grid import EvenGrid, ProductGrid, true_grid
+from quant.calibration.hessian import InputHessian
+from quant_kernels import reference
+from quant_kernels.formats import WeightFormat
 
-# When the damped Hessian is still not positive definite: ten times more, at most up to the mean.
-DAMPING_GROWTH = 10.0
-LARGEST_DAMPING = 1.0
-
-
-class NotPositiveDefinite(ArithmeticError):
-    """The Hessian is not positive definite even with the largest damping."""
-
-
-@dataclass(frozen=True)
-class Compensated:
-    """codes [N, K] int8, and the damping that the Cholesky factorization needed."""
-
-    codes: Tensor
-    damping: float
+# Columns whose errors enter the next ones singly. Errors from further back come by matmuls.
+COLUMNS_AT_ONCE = 16
 
 
 def compensate(
     weight: Tensor,
     scales: Tensor,
     fmt: WeightFormat,
-    hessian: Tensor,
+    hessian: InputHessian,
     *,
-    damping: float = 0.01,
-    act_order: bool = True,
     block_size: int = 128,
-) -> Compensated:
-    """Codes for weight [N, K] with scales [N, G] fixed, under hessian [K, K] (symmetric, FP32).
+) -> Tensor:
+    """Codes [N, K] int8 for weight [N, K] (float) with scales [N, G] fixed.
 
-    damping: added to the diagonal, as a fraction of its mean. Raises NotPositiveDefinite.
+    scales: above 0 and on fmt's grid. hessian: of K columns, factorized. Rows do not depend on each
+    other, except that a matmul may add in another order for another N. Takes memory for about three
+    FP32 arrays [N, K].
     """
     columns = weight.shape[1]
-    diagonal = hessian.diagonal()
-    order = (
-        diagonal.argsort(descending=True, stable=True)
-        if act_order
-        else torch.arange(columns, device=weight.device)
-    )
-    factor, used_damping = inverse_factor(hessian[order][:, order], damping)
-    w = weight.float()[:, order].T.contiguous()  # [K, N]: a column of W is a row here
-    t, c = split_scales(scales, fmt)
-    levels = (product_levels(t, fmt) * c.unsqueeze(-1)).transpose(0, 1).contiguous()  # [G, N, 16]
-    bounds = midpoints(levels)  # [G, N, 15]
-    group_of = (order // (columns // levels.shape[0])).tolist()
+    factor, order = hessian.factor, hessian.order
+    grid = true_grid(scales, fmt)
+    group_of = (order // (columns // scales.shape[1])).tolist()
+    # A column of W is a row here, in the factor's order: [K, N]. Once rounded it is w - w^.
+    w = weight.float()[:, order].T.contiguous()
     codes = torch.empty(w.shape, dtype=torch.int8, device=w.device)
-    for start in range(0, columns, block_size):
-        stop = min(start + block_size, columns)
-        errors = torch.empty(stop - start, w.shape[1], device=w.device)
-        for j in range(start, stop):
-            group = group_of[j]
-            index = torch.searchsorted(bounds[group], w[j].unsqueeze(1))  # [N, 1]
-            rounded = levels[group].gather(1, index).squeeze(1)
-            codes[j] = index.squeeze(1) + CODE_MIN
-            error = (w[j] - rounded) / factor[j, j]
-            w[j + 1 : stop] -= factor[j, j + 1 : stop, None] * error
-            errors[j - start] = error
-        w[stop:] -= factor[start:stop, stop:].T @ errors
+    with reference.bf16_products(False):
+        for stop in range(columns, 0, -block_size):
+            start = max(stop - block_size, 0)
+            pivots = factor.diagonal()[start:stop].unsqueeze(1)
+            feedback = factor[start:stop, start:stop].T / pivots  # R[j, k] / R[k, k], by k
+            wish = w[start:stop] + (factor[stop:, start:stop].T @ w[stop:]) / pivots
+            _round_block(
+                wish, w[start:stop], codes[start:stop], feedback, group_of[start:stop], grid
+            )
     natural = torch.empty_like(codes)
     natural[order] = codes
-    return Compensated(natural.T.contiguous(), used_damping)
+    return natural.T.contiguous()
 
 
-def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
-    """Upper Cholesky factor U of (H + damping * mean(diag H) * I)^-1, and the damping it took.
+def _round_block(
+    wish: Tensor,
+    w: Tensor,
+    codes: Tensor,
+    feedback: Tensor,
+    group_of: list[int],
+    grid: EvenGrid | ProductGrid,
+) -> None:
+    """Round the columns of one block [b, N], the last first: w becomes w - w^, codes are written.
 
-    A channel that calibration never excites has only the damping, and is rounded to nearest. Raises
-    NotPositiveDefinite.
+    wish: w plus what the errors of earlier blocks ask for. feedback [b, b]: its row k weighs the
+    errors of the columns above k.
     """
-    if not bool(torch.isfinite(hessian).all()):
-        raise NotPositiveDefinite("the Hessian holds NaN or Inf")
-    mean = hessian.diagonal().mean()
-    if float(mean) <= 0:
-        mean = torch.ones_like(mean)
-    while True:
-        damped = hessian.clone()
-        damped.diagonal().add_(damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not int(failed):
-            inverse = torch.cholesky_inverse(lower)
-            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-            if not int(failed):
-                return upper, damping
-        if damping >= LARGEST_DAMPING:
-            raise NotPositiveDefinite(f"not positive definite with damping {damping:g}")
-        damping = min(max(damping, 1e-3) * DAMPING_GROWTH, LARGEST_DAMPING)
-
-
-def relative_output_error(weight: Tensor, effective: Tensor, hessian: Tensor) -> float:
-    """tr((W - W^) H (W - W^)^T) / tr(W H W^T): the share of the output's energy that is lost."""
-    difference = weight.float() - effective
-    lost = ((difference @ hessian) * difference).sum()
-    total = ((weight.float() @ hessian) * weight.float()).sum()
-    return float(lost / total) if float(total) > 0 else 0.0
+    for stop in range(len(w), 0, -COLUMNS_AT_ONCE):
+        start = max(stop - COLUMNS_AT_ONCE, 0)
+        wish[start:stop].addmm_(feedback[start:stop, stop:], w[stop:])
+        for k in range(stop - 1, start - 1, -1):
+            wish[k].addmv_(w[k + 1 : stop].T, feedback[k, k + 1 : stop])
+            w[k] -= grid.round(wish[k], group_of[k], codes[k])

@@ -3,27 +3,52 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from quant.architectures import EMBEDDING, FINAL_NORM, LM_HEAD, check_length
+from quant.architectures import SITES, check_length
+from quant.calibration.activations import MemoryStore
 from quant.calibration.data import calibration_windows, load_tokens
-from quant.calibration.pipeline import quantize_blocks
+from quant.calibration.pipeline import BlockPipeline
+from quant.calibration.plan import RunPlan, make_plan, open_store
+from quant.calibration.site import MAX_ERROR, SiteFailed
+from quant.calibration.streaming import Run, check_on_failure, quantize_blocks, write_outer
 from quant.checkpoint.compressed_tensors import (
     REPORT_FILE,
     SIDE_FILE,
     SIDE_VERSION,
     quantization_config,
 )
-from quant.checkpoint.reader import FLOAT_BITS, CheckpointReader, load_tokenizer
+from quant.checkpoint.journal import JOURNAL_VERSION, Fingerprint, Journal
+from quant.checkpoint.reader import CheckpointReader, load_tokenizer
+from quant.checkpoint.shards import header_bytes, parse_size
 from quant.checkpoint.source import resolve_model
-from quant.checkpoint.writer import CheckpointWriter, check_output
+from quant.checkpoint.writer import (
+    COPIED,
+    MAX_SHARD_SIZE,
+    CheckpointWriter,
+    check_output,
+    check_space,
+    work_directory,
+)
 from quant.device import select_device, select_dtype
+from quant.errors import RequestError, WorkFailed
+from quant.memory import (
+    peak_device_bytes,
+    peak_memory_bytes,
+    release_free_memory,
+    reset_peak_memory,
+    resident_bytes,
+    return_large_arrays,
+)
 from quant.recipe import DEFAULT_PRESET, Recipe, load_recipe
 from quant.report import (
     OnProgress,
@@ -31,51 +56,29 @@ from quant.report import (
     RunReport,
     ignore_progress,
     mean_bits_per_weight,
-    peak_memory_bytes,
-    reset_peak_memory,
     to_jsonl,
 )
-from quant.schemes import LayerPlan, plan_layers
 
-# K x K matrices in FP32 while a site is compensated: the Hessian, it in activation order, damped,
-# and the factors of its inverse.
-HESSIANS_AT_ONCE = 6
+# Windows that go through the block whose time is measured.
+MEASURED_WINDOWS = 8
+JOURNAL_FILE = "journal.jsonl"
+ACTIVATIONS = "activations"
 
 
 @dataclass(frozen=True)
-class RunPlan:
-    """What a run would do, from the checkpoint's headers alone. Sizes in bytes."""
+class Options:
+    """What a run needs to know beside model, output and recipe, checked; see `quantize`."""
 
-    source: str
-    model_type: str
-    recipe: Recipe
-    layers: tuple[LayerPlan, ...]
-    source_size_bytes: int
-    size_bytes: int
-    activation_bytes: int
-    block_bytes: int
-    hessian_bytes: int
+    dtype: torch.dtype | None
+    device: torch.device
+    max_shard_bytes: int
+    activation_offload: str
+    on_failure: str
+    max_error: float
 
     @property
-    def bits_per_weight(self) -> float:
-        """Over the layers to quantize."""
-        return mean_bits_per_weight([row for row in self.layers if row.fmt])
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)},
-            "recipe": self.recipe.to_dict(),
-            "layers": [
-                {
-                    "name": row.name,
-                    "shape": row.shape,
-                    "format": row.fmt.label if row.fmt else None,
-                    "bits_per_weight": row.bits_per_weight,
-                }
-                for row in self.layers
-            ],
-            "bits_per_weight": self.bits_per_weight,
-        }
+    def rewindable(self) -> bool:
+        return self.on_failure != "stop"
 
 
 def plan(
@@ -87,20 +90,31 @@ def plan(
     device: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    activation_offload: str = "auto",
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+    on_failure: str = "stop",
+    max_error: float = MAX_ERROR,
+    measure: bool = False,
+    on_progress: OnProgress = ignore_progress,
     **overrides: Any,
 ) -> RunPlan:
     """Check a request, its data too, and say what it would do; arguments as `quantize`.
 
-    Makes nothing at OUT. A hub id is fetched and a GGUF file converted, into their caches.
+    measure: also how long it would take, from the first block with a few of the windows. Makes
+    nothing at OUT. A hub id is fetched and a GGUF file converted, into their caches.
     """
     recipe = _recipe(recipe, overrides)
-    kept_dtype = select_dtype(dtype)
-    select_device(device)
-    check_output(Path(output_dir).expanduser())
+    options = _options(dtype, device, max_shard_size, activation_offload, on_failure, max_error)
+    output = Path(output_dir).expanduser()
+    check_output(output)
     directory = resolve_model(model, revision=revision, trust_remote_code=trust_remote_code)
     reader = CheckpointReader(directory, trust_remote_code=trust_remote_code)
-    found = _plan(reader, recipe, kept_dtype)
-    _windows(reader, recipe, trust_remote_code)
+    found = _plan(reader, recipe, options)
+    windows = _windows(reader, recipe, trust_remote_code)
+    check_space(output, found.disk_bytes)
+    if measure:
+        seconds = _estimate_seconds(reader, found, windows, options, on_progress)
+        return dataclasses.replace(found, seconds=seconds)
     return found
 
 
@@ -113,6 +127,11 @@ def quantize(
     device: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    activation_offload: str = "auto",
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+    resume: bool = False,
+    on_failure: str = "stop",
+    max_error: float = MAX_ERROR,
     on_progress: OnProgress = ignore_progress,
     **overrides: Any,
 ) -> RunReport:
@@ -123,44 +142,135 @@ def quantize(
     dataset, num_calibration_samples, max_seq_length, seed) that replace the recipe's. dtype: of the
     tensors that stay unquantized ("auto": as stored). device: "auto" is a GPU where there is one.
 
+    One block's weights are in memory at a time. activation_offload: where activations wait between
+    two steps: "none" (on the device), "cpu", "disk" (beside OUT), or "auto", the first with room.
+    max_shard_size: of OUT's files, in bytes or as "5GB".
+
+    Finished blocks survive whatever ends the process, in a hidden directory beside OUT; with resume
+    the run goes on after them and writes the same bytes as one that was never interrupted. It is
+    refused where model, recipe, data, versions or settings have changed. on_failure and max_error
+    may change: what to do where a site cannot be quantized ("stop", or "skip-to-bf16", which leaves
+    it as it is), and the share of its output's energy that a layer may lose.
+
     Raises RequestError, before anything is written, where the request cannot be met, and
-    WorkFailed where the numbers break down; neither leaves anything behind at OUT.
+    WorkFailed where the numbers break down or the disk is full. Nothing is at OUT before all of it
+    is.
     """
     started = time.perf_counter()
-    reset_peak_memory()
+    at_start = resident_bytes()
     output = Path(output_dir).expanduser()
     recipe = _recipe(recipe, overrides)
-    kept_dtype, target = select_dtype(dtype), select_device(device)
+    options = _options(dtype, device, max_shard_size, activation_offload, on_failure, max_error)
     check_output(output)
     directory = resolve_model(model, revision=revision, trust_remote_code=trust_remote_code)
+    return_large_arrays()
+    reset_peak_memory()  # a GGUF file's conversion, once, is not the run's
     reader = CheckpointReader(directory, trust_remote_code=trust_remote_code)
-    run = _plan(reader, recipe, kept_dtype)
-    on_progress(Progress("calibration data", 0, 1, recipe.calibration.dataset))
-    windows = _windows(reader, recipe, trust_remote_code)
-    on_progress(Progress("calibration data", 1, 1, recipe.calibration.dataset))
-    by_name = {row.name: row for row in run.layers}
-    ignored = tuple(row.name for row in run.layers if row.fmt is None)
-    with CheckpointWriter(output) as writer, torch.inference_mode():
-        rows = quantize_blocks(
-            reader, by_name, recipe.passes[0], windows, writer, target, kept_dtype, on_progress
+    planned = _plan(reader, recipe, options)
+    writer = CheckpointWriter(
+        output,
+        max_shard_bytes=options.max_shard_bytes,
+        header_bytes=header_bytes(planned.tensors),
+    )
+    with writer, torch.inference_mode():
+        journal = _open_journal(writer, resume)
+        check_space(output, planned.disk_bytes - _bytes_to_reuse(writer, journal, planned))
+        on_progress(Progress("calibration data", 0, 1, recipe.calibration.dataset))
+        windows = _windows(reader, recipe, trust_remote_code)
+        release_free_memory()  # the text and its encoding
+        on_progress(Progress("calibration data", 1, 1, recipe.calibration.dataset))
+        fingerprint = _fingerprint(reader, recipe, options, windows, on_progress)
+        _begin(writer, journal, fingerprint)
+        store = open_store(planned, options.device, writer.work / ACTIVATIONS)
+        pipeline = BlockPipeline(
+            reader,
+            {row.name: row for row in planned.layers},
+            recipe.passes[0],
+            windows,
+            store,
+            options.device,
+            max_error=options.max_error,
+            rewindable=options.rewindable or planned.activation_place == "disk",
+            on_progress=on_progress,
         )
-        on_progress(Progress("write", 0, 1, str(output)))
-        _write_rest(reader, writer, recipe, model, ignored, kept_dtype)
-        writer.write_text(REPORT_FILE, to_jsonl(rows))
-        writer.copy_companions(directory)
-        writer.finish()
+        run = Run(
+            planned, reader, pipeline, writer, journal, options.dtype, on_failure, on_progress
+        )
+        resumed = journal.blocks
+        with _threads(journal.num_threads), _advising(output, journal):
+            try:
+                rows, skipped = quantize_blocks(run)
+            finally:
+                store.close()
+            on_progress(Progress("write", 0, 1, str(output)))
+            ignored = tuple(row.name for row in pipeline.plan.values() if row.fmt is None)
+            write_outer(run)
+            _write_texts(reader, writer, recipe, model, ignored, options.dtype)
+            writer.write_text(REPORT_FILE, to_jsonl(rows))
+            writer.copy_companions(directory)
+            writer.finish()
         on_progress(Progress("write", 1, 1, str(output)))
     return RunReport(
         output=str(output),
         recipe=recipe.to_dict(),
         layers=tuple(rows),
         ignored=ignored,
+        skipped=tuple(skipped),
+        resumed_blocks=resumed,
         seconds=time.perf_counter() - started,
         peak_memory_bytes=peak_memory_bytes(),
+        peak_device_bytes=peak_device_bytes(options.device),
+        start_memory_bytes=at_start,
+        block_bytes=planned.block_bytes,
+        activation_bytes=planned.activation_bytes,
+        activation_place=planned.activation_place,
         size_bytes=directory_bytes(output),
         source_size_bytes=reader.size_bytes(),
         bits_per_weight=mean_bits_per_weight(rows),
     )
+
+
+def _estimate_seconds(
+    reader: CheckpointReader,
+    planned: RunPlan,
+    windows: torch.Tensor,
+    options: Options,
+    on_progress: OnProgress,
+) -> float | None:
+    """How long a run should take, without the reading of the source that comes before it.
+
+    Part of a block's time grows with the tokens, part does not; they are measured apart. None where
+    a site of the first block is to be skipped, so that its time says nothing of the others.
+    """
+    few = windows[:MEASURED_WINDOWS]
+    with torch.inference_mode():
+        pipeline = BlockPipeline(
+            reader,
+            {row.name: row for row in planned.layers},
+            planned.recipe.passes[0],
+            few,
+            MemoryStore(options.device, host=False),
+            options.device,
+            max_error=math.inf,
+            on_progress=lambda p: on_progress(Progress("measure a block", p.done, len(SITES))),
+        )
+        pipeline.embed()
+        try:
+            pipeline.quantize(0)
+        except SiteFailed as failure:
+            if options.on_failure == "stop":
+                raise WorkFailed(f"{failure}; the run would stop there") from failure
+            return None
+    on_progress(Progress("measure a block", len(SITES), len(SITES)))
+    spent = pipeline.seconds
+    each = spent.weights + spent.tokens * len(windows) / len(few)
+    return each * reader.config.num_layers
+
+
+def finished_blocks(output: str | Path) -> int:
+    """How many blocks of an unfinished run to OUT `resume` would not do again."""
+    path = work_directory(Path(output).expanduser()) / JOURNAL_FILE
+    return Journal(path).blocks if path.is_file() else 0
 
 
 def directory_bytes(directory: Path) -> int:
@@ -174,38 +284,36 @@ def _recipe(recipe: Recipe | str, overrides: dict[str, Any]) -> Recipe:
     return recipe.override(**overrides)
 
 
-def _plan(reader: CheckpointReader, recipe: Recipe, dtype: torch.dtype | None) -> RunPlan:
-    reader.check_dense()
-    cfg = reader.config
-    layers = tuple(plan_layers(cfg, recipe).values())
-    # What stays takes its stored type, all of one kind as a rule, or the type asked for.
-    stored = reader.dtype(f"{EMBEDDING}.weight")
-    kept_bits = FLOAT_BITS[stored] if dtype is None else 8.0 * dtype.itemsize
-    saved = sum(
-        row.shape[0] * row.shape[1] * (kept_bits - row.bits_per_weight) / 8
-        for row in layers
-        if row.fmt
-    )
-    calibration = recipe.calibration
-    tokens = calibration.num_calibration_samples * calibration.max_seq_length
-    widest = max(cfg.hidden_size, cfg.num_heads * cfg.head_dim, cfg.intermediate_size)
-    block_weights = sum(_elements(shape) for shape in cfg.block_shapes().values())
-    outer = sum(_elements(shape) for shape in cfg.outer_shapes().values())
-    return RunPlan(
-        source=str(reader.directory),
-        model_type=cfg.model_type,
-        recipe=recipe,
-        layers=layers,
-        source_size_bytes=reader.size_bytes(),
-        size_bytes=round(kept_bits / 8 * (block_weights * cfg.num_layers + outer) - saved),
-        activation_bytes=4 * tokens * (cfg.hidden_size + widest),
-        block_bytes=4 * block_weights,
-        hessian_bytes=HESSIANS_AT_ONCE * 4 * widest**2,
+def _options(
+    dtype: str,
+    device: str,
+    max_shard_size: int | str,
+    activation_offload: str,
+    on_failure: str,
+    max_error: float,
+) -> Options:
+    check_on_failure(on_failure)
+    if not max_error > 0:
+        raise RequestError(f"max error is {max_error}; it must be positive")
+    return Options(
+        select_dtype(dtype),
+        select_device(device),
+        parse_size(max_shard_size),
+        activation_offload,
+        on_failure,
+        max_error,
     )
 
 
-def _elements(shape: Iterable[int]) -> int:
-    return int(torch.Size(shape).numel())
+def _plan(reader: CheckpointReader, recipe: Recipe, options: Options) -> RunPlan:
+    return make_plan(
+        reader,
+        recipe,
+        dtype=options.dtype,
+        device=options.device,
+        activation_offload=options.activation_offload,
+        rewindable=options.rewindable,
+    )
 
 
 def _windows(reader: CheckpointReader, recipe: Recipe, trust_remote_code: bool) -> torch.Tensor:
@@ -223,7 +331,119 @@ def _windows(reader: CheckpointReader, recipe: Recipe, trust_remote_code: bool) 
     )
 
 
-def _write_rest(
+def _open_journal(writer: CheckpointWriter, resume: bool) -> Journal:
+    """The journal of OUT; an unfinished run is neither continued nor thrown away unasked."""
+    path = writer.work / JOURNAL_FILE
+    writer.keep(path.is_file())  # also where it turns out to be unreadable
+    journal = Journal(path)
+    writer.keep(journal.blocks > 0)
+    if journal.blocks and not resume:
+        raise RequestError(
+            f"an unfinished run to OUT {str(writer.output)!r} has {journal.blocks} blocks done; "
+            f"continue it with --resume, or remove {writer.work} to start again"
+        )
+    return journal
+
+
+def _fingerprint(
+    reader: CheckpointReader,
+    recipe: Recipe,
+    options: Options,
+    windows: torch.Tensor,
+    on_progress: OnProgress,
+) -> Fingerprint:
+    """Of everything that decides about the output's bytes; reads the whole source once.
+
+    Raises RequestError where a weight of the source is NaN or Inf.
+    """
+    from quant import __version__
+
+    total, done = reader.size_bytes() // 10**6, 0
+
+    def count(more: int) -> None:
+        nonlocal done
+        done += more
+        on_progress(Progress("check source (MB)", min(done // 10**6, total), total))
+
+    files = reader.inspect_source(count)
+    for name in COPIED:
+        if (path := reader.directory / name).is_file():
+            files[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    on_progress(Progress("check source (MB)", total, total))
+    tokens = windows.cpu().contiguous().numpy().tobytes()
+    return Fingerprint(
+        versions={
+            "fourbyeight": __version__,
+            "torch": torch.__version__,
+            "journal": JOURNAL_VERSION,
+        },
+        recipe=recipe.to_dict(),
+        settings={
+            "dtype": str(options.dtype or "auto").removeprefix("torch."),
+            "device": options.device.type,
+            "max shard size": options.max_shard_bytes,
+        },
+        files=files,
+        data={
+            "dataset": recipe.calibration.dataset,
+            "tokens": hashlib.sha256(tokens).hexdigest(),
+        },
+    )
+
+
+def _bytes_to_reuse(writer: CheckpointWriter, journal: Journal, planned: RunPlan) -> int:
+    """What an earlier run has left on the disk, and this one goes on with or removes."""
+    folders = [writer.work]
+    if journal.blocks:
+        on_disk = planned.activation_place == "disk"
+        folders = [writer.directory, *([writer.work / ACTIVATIONS] if on_disk else [])]
+    files = (path for folder in folders for path in folder.rglob("*") if path.is_file())
+    return sum(path.stat().st_size for path in files)
+
+
+def _begin(writer: CheckpointWriter, journal: Journal, fingerprint: Fingerprint) -> None:
+    """Start the journal, or go back to where it ends. RequestError where it is of another run."""
+    if not journal.blocks:
+        writer.clear()
+        journal.begin(fingerprint, torch.get_num_threads())
+        return
+    assert journal.fingerprint is not None
+    if differences := journal.fingerprint.differences(fingerprint):
+        raise RequestError(
+            f"the unfinished run to OUT {str(writer.output)!r} is of something else, and cannot be "
+            f"resumed with this:\n  "
+            + "\n  ".join(differences)
+            + f"\nGive what it was begun with, or remove {writer.work} to start again"
+        )
+    writer.shards.restore(journal.entries)
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """As many threads as the run began with: how a sum is split decides about its last bit."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _advising(output: Path, journal: Journal) -> Iterator[None]:
+    """Add to a failure what is not lost."""
+    try:
+        yield
+    except (WorkFailed, OSError) as error:
+        if not journal.blocks:
+            raise
+        raise WorkFailed(
+            f"{error}\n{journal.blocks} blocks are done and kept in {work_directory(output)}; "
+            "when the cause is gone, run the same command with --resume"
+        ) from error
+
+
+def _write_texts(
     reader: CheckpointReader,
     writer: CheckpointWriter,
     recipe: Recipe,
@@ -231,13 +451,9 @@ def _write_rest(
     ignored: tuple[str, ...],
     dtype: torch.dtype | None,
 ) -> None:
-    """The tensors outside the blocks, config.json and fourbyeight.json."""
+    """config.json and fourbyeight.json."""
     from quant import __version__
 
-    for module in (EMBEDDING, FINAL_NORM, LM_HEAD):
-        name = f"{module}.weight"
-        if name in reader.config.outer_shapes():
-            writer.add(name, reader.read(name, dtype))
     config = dict(reader.raw_config)
     config["quantization_config"] = quantization_config(recipe.weight_format, list(ignored))
     if dtype is not None:

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from quant.calibration.grid import CELLS_PER_UNIT, E4M3_MANTISSAS, LAST_CELL, cell_tables
 from quant.recipe import SCALE_SEARCHES
 from quant_kernels.formats import (
     CODE_MAX,
@@ -31,9 +32,7 @@ from quant_kernels.formats import (
     WeightFormat,
     effective_weight,
     join_scales,
-    midpoints,
     nearest_codes,
-    round_e4m3,
     round_row_unit,
 )
 
@@ -47,8 +46,8 @@ FREE_STEPS = 24
 TINY = 1e-8
 # Times a number of four significant bits, rounded to four again: the one below, itself, the next.
 NEIGHBOURING_UNITS = (15 / 16, 1.0, 13 / 12)
-ROWS_AT_ONCE = 1024
-E4M3_MANTISSAS = tuple(1 + i / 8 for i in range(8))
+# Weights that are searched at a time, in whole rows: what lies between stays in cache.
+WEIGHTS_AT_ONCE = 1 << 20
 
 
 def choose_scales(
@@ -70,7 +69,7 @@ def choose_scales(
         importance = importance + importance.mean().clamp_min(TINY) * 1e-3
     rows = [
         _choose(part.float(), importance, fmt, search=method != "absmax")
-        for part in weight.split(ROWS_AT_ONCE)
+        for part in weight.split(max(1, WEIGHTS_AT_ONCE // weight.shape[1]))
     ]
     return torch.cat(rows)
 
@@ -78,10 +77,10 @@ def choose_scales(
 def _choose(weight: Tensor, importance: Tensor, fmt: WeightFormat, search: bool) -> Tensor:
     groups = fmt.groups(weight.shape[1])
     w = weight.reshape(len(weight), groups, -1)  # [N, G, g]
-    h = importance.view(1, groups, -1)
     full = (w.abs().amax(dim=-1) / HALF_RANGE).clamp_min(TINY)  # [N, G], the absmax scales
+    errors = _SquaredErrors(w, importance.view(1, groups, -1))
     if fmt.anchor is None:
-        scales = _search_free(w, h, full) if search else full
+        scales = _search_free(errors, full) if search else full
         one = torch.ones_like(full[:, :1])
         return join_scales(scales, one)
     best_c = round_row_unit(full.amax(dim=1, keepdim=True) / fmt.anchor)
@@ -92,39 +91,60 @@ def _choose(weight: Tensor, importance: Tensor, fmt: WeightFormat, search: bool)
     absmax = join_scales(best_t, best_c)
     rounded = effective_weight(nearest_codes(weight, absmax, fmt), absmax, fmt)
     best_error = ((weight - rounded).square() * importance).sum(dim=1, keepdim=True)
-    free = _search_free(w, h, full)
+    free = _search_free(errors, full)
     wish = round_row_unit(free.amax(dim=1, keepdim=True) / fmt.anchor)
     for factor in NEIGHBOURING_UNITS:
         c = round_row_unit(wish * factor)
-        t, error = _search_groups(w, h, c, full, fmt)
+        t, error = _search_groups(errors, c, full, fmt)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_t, best_c = torch.where(better, t, best_t), torch.where(better, c, best_c)
     return join_scales(best_t, best_c)
 
 
-def _search_free(w: Tensor, h: Tensor, full: Tensor) -> Tensor:
+class _SquaredErrors:
+    """sum h (w - nearest level * unit)^2 by group, for w [N, G, g] and h [1, G, g]."""
+
+    def __init__(self, w: Tensor, h: Tensor) -> None:
+        self._w, self._h = w, h
+        # Memory that is fetched anew from the system for every candidate costs more than the work.
+        self._y, self._nearest = torch.empty_like(w), torch.empty_like(w)
+        self._cell = torch.empty(w.numel(), dtype=torch.int32, device=w.device)
+
+    def of(self, unit: Tensor, cells: Tensor | None = None) -> Tensor:
+        """For unit [N, G]: [N, G]. Levels are the codes, or one row of `grid.cell_tables`."""
+        y = torch.div(self._w, unit.unsqueeze(-1), out=self._y)
+        if cells is None:
+            nearest = torch.round(y, out=self._nearest).clamp_(CODE_MIN, CODE_MAX)
+        else:
+            nearest = torch.mul(y, CELLS_PER_UNIT, out=self._nearest).ceil_()
+            nearest.clamp_(-LAST_CELL, LAST_CELL).add_(LAST_CELL)
+            self._cell.copy_(nearest.view(-1))
+            torch.index_select(cells, 0, self._cell, out=nearest.view(-1))
+        return (y.sub_(nearest).square_().mul_(self._h)).sum(dim=-1) * unit.square()
+
+
+def _search_free(errors: _SquaredErrors, full: Tensor) -> Tensor:
     """Best scale [N, G] where any scale may be stored (BF16)."""
-    levels = torch.arange(CODE_MIN, CODE_MAX + 1, dtype=torch.float32, device=w.device)
     best, best_error = full, torch.full_like(full, torch.inf)
     span = LARGEST_SHRINK - SMALLEST_SHRINK
     for shrink in (1.0, *(SMALLEST_SHRINK + span * i / FREE_STEPS for i in range(FREE_STEPS + 1))):
         scale = (full * shrink).to(torch.bfloat16).float()
-        error = _squared_error(w, h, scale, levels)
+        error = errors.of(scale)
         best = torch.where(error < best_error, scale, best)
         best_error = torch.minimum(error, best_error)
     return best
 
 
 def _search_groups(
-    w: Tensor, h: Tensor, c: Tensor, full: Tensor, fmt: WeightFormat
+    errors: _SquaredErrors, c: Tensor, full: Tensor, fmt: WeightFormat
 ) -> tuple[Tensor, Tensor]:
     """Best group scales for the row units c [N, 1]: t [N, G] and the rows' errors [N, 1]."""
     candidates = _candidates(full / c, fmt)
-    anchor_error = _squared_error(w, h, c * candidates[0].power, candidates[0].levels)
+    anchor_error = errors.of(c * candidates[0].power, candidates[0].cells)
     best_t, best_error = candidates[0].t, anchor_error
     for candidate in candidates[1:]:
-        error = _squared_error(w, h, c * candidate.power, candidate.levels)
+        error = errors.of(c * candidate.power, candidate.cells)
         best_t = torch.where(error < best_error, candidate.t, best_t)
         best_error = torch.minimum(error, best_error)
     # One group of every row has to sit at the anchor: the one that loses least by it.
@@ -135,11 +155,11 @@ def _search_groups(
 
 
 class _Candidate(NamedTuple):
-    """Group scales t [N, G] to try: their products are `levels` [16] times `power` [N, G]."""
+    """Group scales t [N, G] to try: products are power [N, G] times a code, or a level of cells."""
 
     t: Tensor
     power: Tensor
-    levels: Tensor
+    cells: Tensor | None = None
 
 
 def _candidates(ideal: Tensor, fmt: WeightFormat) -> list[_Candidate]:
@@ -148,30 +168,20 @@ def _candidates(ideal: Tensor, fmt: WeightFormat) -> list[_Candidate]:
     int8: every integer. lut: every E4M3 mantissa, at the exponent that puts t within an octave
     below the largest useful scale; products of one mantissa are the same up to a power of two.
     """
-    codes = torch.arange(CODE_MIN, CODE_MAX + 1, dtype=torch.float32, device=ideal.device)
     if fmt.numerics == "int8":
         every = [torch.full_like(ideal, t) for t in range(int(INT8_ANCHOR), 0, -1)]
-        return [_Candidate(t, t, codes) for t in every]
+        return [_Candidate(t, t) for t in every]
+    _, tables = cell_tables(ideal.device)
     anchor = torch.full_like(ideal, LUT_ANCHOR)
     mantissa = LUT_ANCHOR / 32  # 56 = 1.75 * 2^5
-    candidates = [_Candidate(anchor, anchor / mantissa, round_e4m3(codes * mantissa))]
-    for mantissa in E4M3_MANTISSAS:
+    cells = tables[E4M3_MANTISSAS.index(mantissa)]
+    candidates = [_Candidate(anchor, anchor / mantissa, cells)]
+    for mantissa, cells in zip(E4M3_MANTISSAS, tables, strict=True):
         power = torch.exp2(torch.log2(ideal * LARGEST_SHRINK / mantissa).floor())
         largest = 2.0 ** math.floor(math.log2(LUT_ANCHOR / mantissa))
         power = power.clamp(LUT_SCALE_MIN, largest)
-        candidates.append(_Candidate(mantissa * power, power, round_e4m3(codes * mantissa)))
+        candidates.append(_Candidate(mantissa * power, power, cells))
     return candidates
-
-
-def _squared_error(w: Tensor, h: Tensor, unit: Tensor, levels: Tensor) -> Tensor:
-    """sum h (w - nearest level * unit)^2 by group: w [N, G, g], unit [N, G], levels [16]."""
-    y = w / unit.unsqueeze(-1)
-    step = levels[1:] - levels[:-1]
-    if bool((step == step[0]).all()):  # a uniform grid: rounding finds the nearest level
-        nearest = (y / step[0]).round_().clamp_(CODE_MIN, CODE_MAX).mul_(step[0])
-    else:
-        nearest = levels[torch.bucketize(y, midpoints(levels))]
-    return (y.sub_(nearest).square_().mul_(h)).sum(dim=-1) * unit.square()
 
 
 def _nearest_group_scale(ratio: Tensor, fmt: WeightFormat) -> Tensor:

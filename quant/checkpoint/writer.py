@@ -1,6 +1,11 @@
 """Writing a checkpoint directory so that it is there whole or not there at all.
 
-Everything goes into a hidden directory beside the target; `finish` makes it durable and renames it.
+Everything goes into a hidden directory beside OUT, which a killed run leaves for `--resume`:
+
+    .OUT.partial/.lock           held by the process that writes
+    .OUT.partial/journal.jsonl   what is finished (`journal.py`)
+    .OUT.partial/activations/    where they are kept on disk
+    .OUT.partial/checkpoint/     becomes OUT by one rename, when it is complete and durable
 """
 
 from __future__ import annotations
@@ -14,21 +19,23 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
+from quant.checkpoint.shards import ShardWriter
 from quant.errors import RequestError, WorkFailed
 
-MAX_SHARD_BYTES = 5 * 10**9
-# Held while a run writes; the system lets go of it when the process ends, however it ends.
-LOCK = ".lock"
+MAX_SHARD_SIZE = "5GB"
 # Taken over from the source as they are; weights, indexes and config.json are written anew.
 COPIED = (
     "tokenizer.json", "tekken.json", "tokenizer_config.json", "tokenizer.model",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
     "chat_template.jinja", "chat_template.json", "generation_config.json", "LICENSE",
 )  # fmt: skip
+
+
+def work_directory(output: Path) -> Path:
+    """Where a run collects what will be OUT."""
+    return output.absolute().parent / f".{output.name}.partial"
 
 
 def check_output(output: Path) -> None:
@@ -42,37 +49,51 @@ def check_output(output: Path) -> None:
         raise RequestError(f"OUT {str(output)!r} cannot be made: {parent} is not writable")
 
 
-class CheckpointWriter:
-    """Collects tensors into shards of bounded size; a context manager.
+def check_space(output: Path, needed: int) -> None:
+    """RequestError where the disk of OUT has not `needed` bytes left."""
+    folder = work_directory(output)
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise RequestError(
+            f"OUT {str(output)!r} needs {needed / 1e9:.3f} GB, but {folder} has {free / 1e9:.3f} "
+            "GB left; free some, or give a directory on another disk"
+        )
 
-    Leaving the context without `finish` removes everything that was written. Entering it raises
-    RequestError while another process writes the same OUT.
+
+class CheckpointWriter:
+    """A context manager that owns the work directory of OUT while a run writes it.
+
+    Leaving the context without `finish` removes the work directory, unless `keep` was called. What
+    an earlier run left there is kept until `clear`. Entering raises RequestError while another
+    process writes the same OUT.
     """
 
-    def __init__(self, output: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+    def __init__(
+        self, output: Path, *, max_shard_bytes: int = 5 * 10**9, header_bytes: int = 1 << 16
+    ) -> None:
         check_output(output)
         self.output = output
-        self.directory = output.absolute().parent / f".{output.name}.partial"
-        self.max_shard_bytes = max_shard_bytes
-        self._pending: dict[str, Tensor] = {}
-        self._pending_bytes = 0
-        self._shards: list[list[str]] = []
-        self.tensor_bytes = 0
-        self._finished = False
+        self.work = work_directory(output)
+        self.directory = self.work / "checkpoint"
+        self.shards = ShardWriter(self.directory, max_shard_bytes, header_bytes)
+        self._keep = self._finished = False
 
     def __enter__(self) -> CheckpointWriter:
-        self.directory.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.directory / LOCK).open("w")
+        self.work.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.work / ".lock").open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The run that held it may have finished meanwhile, and taken the directory with it.
+            if not os.path.samestat(os.fstat(self._lock.fileno()), (self.work / ".lock").stat()):
+                raise BlockingIOError
         except OSError:
             self._lock.close()
             raise RequestError(
-                f"OUT {str(self.output)!r}: another run is writing it (into {self.directory})"
+                f"OUT {str(self.output)!r}: another run is writing it (into {self.work})"
             ) from None
-        for path in self.directory.iterdir():  # left by a run that was killed
-            if path.name != LOCK:
-                path.unlink()
+        self.directory.mkdir(exist_ok=True)
         return self
 
     def __exit__(
@@ -81,20 +102,25 @@ class CheckpointWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if not self._finished:
-            shutil.rmtree(self.directory, ignore_errors=True)
+        self.shards.close()
+        if not self._finished and not self._keep:
+            shutil.rmtree(self.work, ignore_errors=True)
         self._lock.close()
 
+    def keep(self, wanted: bool = True) -> None:
+        """Whether what is in the work directory is worth resuming."""
+        self._keep = wanted
+
+    def clear(self) -> None:
+        """Remove what an earlier run left; only the lock stays."""
+        for path in self.work.iterdir():
+            if path.name != ".lock":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        self.directory.mkdir()
+
     def add(self, name: str, tensor: Tensor) -> None:
-        """Queue a tensor; a full shard goes to disk. WorkFailed where it is not finite."""
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise WorkFailed(f"{name} would be written with NaN or Inf ({tensor.dtype})")
-        size = tensor.numel() * tensor.element_size()
-        if self._pending and self._pending_bytes + size > self.max_shard_bytes:
-            self._flush()
-        self._pending[name] = tensor.detach().cpu().contiguous()
-        self._pending_bytes += size
-        self.tensor_bytes += size
+        """Write a tensor. WorkFailed where it is not finite."""
+        self.shards.add(name, finite(name, tensor))
 
     def write_json(self, name: str, value: Any) -> None:
         self.write_text(name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
@@ -109,20 +135,11 @@ class CheckpointWriter:
                 shutil.copyfile(source / name, self.directory / name)
 
     def finish(self) -> None:
-        """Write what is queued and the index, flush to disk, and give OUT its name."""
-        self._flush()
-        count = len(self._shards)
-        weight_map = {}
-        for i, names in enumerate(self._shards):
-            final = f"model-{i + 1:05d}-of-{count:05d}.safetensors"
-            os.replace(self.directory / _temporary(i), self.directory / final)
-            weight_map.update(dict.fromkeys(names, final))
-        index = {
-            "metadata": {"total_size": self.tensor_bytes},
-            "weight_map": dict(sorted(weight_map.items())),
-        }
+        """Write headers and the index, flush to disk, and give OUT its name."""
+        size = sum(entry.stop - entry.start for entry in self.shards.entries)
+        weight_map = self.shards.finish()
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
         self.write_json("model.safetensors.index.json", index)
-        (self.directory / LOCK).unlink()
         make_readable(self.directory)
         for path in self.directory.iterdir():
             _fsync(path)
@@ -130,17 +147,14 @@ class CheckpointWriter:
         os.rename(self.directory, self.output)
         self._finished = True
         _fsync(self.output.absolute().parent)
+        shutil.rmtree(self.work, ignore_errors=True)
 
-    def _flush(self) -> None:
-        if not self._pending:
-            return
-        path = self.directory / _temporary(len(self._shards))
-        try:
-            save_file(self._pending, path, metadata={"format": "pt"})
-        except SafetensorError as error:  # a full disk, among others
-            raise WorkFailed(f"OUT {str(self.output)!r} could not be written: {error}") from error
-        self._shards.append(list(self._pending))
-        self._pending, self._pending_bytes = {}, 0
+
+def finite(name: str, tensor: Tensor) -> Tensor:
+    """The tensor on the host; WorkFailed where it holds NaN or Inf, which a file must not."""
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        raise WorkFailed(f"{name} would be written with NaN or Inf ({tensor.dtype})")
+    return tensor.detach().cpu().contiguous()
 
 
 def make_readable(directory: Path) -> None:
@@ -153,10 +167,6 @@ def make_readable(directory: Path) -> None:
     directory.chmod(0o777 & ~umask)
     for path in directory.iterdir():
         path.chmod(0o666 & ~umask)
-
-
-def _temporary(shard: int) -> str:
-    return f"shard-{shard + 1:05d}.tmp"
 
 
 def _fsync(path: Path) -> None:

@@ -25,13 +25,8 @@ from quant.checkpoint.reader import CheckpointReader, load_tokenizer
 from quant.checkpoint.source import resolve_model
 from quant.device import select_device, select_dtype
 from quant.errors import RequestError, WorkFailed
-from quant.report import (
-    OnProgress,
-    Progress,
-    ignore_progress,
-    peak_memory_bytes,
-    reset_peak_memory,
-)
+from quant.memory import peak_memory_bytes, reset_peak_memory
+from quant.report import OnProgress, Progress, ignore_progress
 from quant.runtime.model import Decoder, load_decoder
 
 # Rows of logits computed together: 512 x 128k vocabulary x FP32 is 0.26 GB.

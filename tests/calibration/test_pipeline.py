@@ -14,8 +14,8 @@ from torch import Tensor
 import quant.calibration.pipeline as pipeline
 import quant.decoder as decoder_module
 from quant.architectures import LINEARS, SITES, block_prefix
-from quant.calibration.compensation import NotPositiveDefinite
 from quant.calibration.data import calibration_windows, load_tokens
+from quant.calibration.hessian import InputHessian, NotPositiveDefinite
 from quant.calibration.quantize import plan, quantize
 from quant.calibration.scales import choose_scales
 from quant.checkpoint.reader import CheckpointReader, load_tokenizer
@@ -63,7 +63,9 @@ def test_report_has_a_row_for_every_quantized_linear_in_order(quantized):
     rows, ignored = quantized.report.layers, quantized.report.ignored
     assert [row.name for row in rows] == [name for name in every if name not in ignored]
     assert bool(ignored) == ("ignore" in quantized.overrides)
-    assert read_jsonl(quantized.output / "report.jsonl") == list(rows)
+    assert read_jsonl(quantized.output / "report.jsonl") == [
+        dataclasses.replace(row, seconds=None) for row in rows
+    ]
 
 
 def test_report_agrees_with_the_stored_tensors(quantized):
@@ -173,10 +175,7 @@ def test_two_runs_write_the_same_bytes(quantized, tmp_path):
     names = sorted(path.name for path in quantized.output.iterdir())
     assert names == sorted(path.name for path in again.iterdir())
     for name in names:
-        if name != "report.jsonl":  # holds seconds
-            assert (again / name).read_bytes() == (quantized.output / name).read_bytes(), name
-    for a, b in zip(read_jsonl(again / "report.jsonl"), quantized.report.layers, strict=True):
-        assert dataclasses.replace(a, seconds=0) == dataclasses.replace(b, seconds=0)
+        assert (again / name).read_bytes() == (quantized.output / name).read_bytes(), name
 
 
 @pytest.mark.parametrize("scales", ["absmax", "mse", "hessian"])
@@ -213,38 +212,28 @@ def test_weight_that_is_not_finite_fails_with_the_layers_name(
 
     tensor = f"model.layers.1.{name}.weight"
     source = with_tensor(tiny_checkpoint("llama"), tmp_path / "model", tensor, edit)
-    with pytest.raises((WorkFailed, RequestError), match=rf"model\.layers\.1\.{name}"):
+    with pytest.raises(RequestError, match=rf"model\.layers\.1\.{name}"):
         quantize(str(source), tmp_path / "out", device="cpu", scheme=scheme, **calibration)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 @pytest.mark.parametrize("scheme", ["w4afp8", "w4a8"])
-@pytest.mark.parametrize(
-    ("tensor", "value", "layer"),
-    [
-        ("model.embed_tokens.weight", float("nan"), r"model\.layers\.0\.self_attn\.q_proj"),
-        # Finite, but what comes out of this norm is not.
-        (
-            "model.layers.1.post_attention_layernorm.weight",
-            3e38,
-            r"model\.layers\.1\.mlp\.gate_proj",
-        ),
-    ],
-    ids=["nan", "overflow"],
-)
+@pytest.mark.parametrize("layer", [0, 1])
 def test_activations_that_are_not_finite_fail_with_the_layers_name(
-    scheme, tensor, value, layer, tiny_checkpoint, calibration, tmp_path
+    scheme, layer, tiny_checkpoint, calibration, tmp_path
 ):
-    source = tiny_checkpoint("llama")
-    token = int(windows_of(source, calibration)[2, 9])
-
     def edit(weight: Tensor) -> None:
-        weight[token % len(weight)] = value
+        weight[5] = 3e38  # finite, but what comes out of this norm is not
 
-    broken = with_tensor(source, tmp_path / "model", tensor, edit)
-    with pytest.raises(WorkFailed, match=rf"{layer} .*NaN or Inf"):
+    norm = f"model.layers.{layer}.post_attention_layernorm.weight"
+    broken = with_tensor(tiny_checkpoint("llama"), tmp_path / "model", norm, edit)
+    message = rf"layers\.{layer}\.mlp\.gate_proj .*NaN or Inf in \d+ of 288 .*skip-to-bf16"
+    with pytest.raises(WorkFailed, match=message):
         quantize(str(broken), tmp_path / "out", device="cpu", scheme=scheme, **calibration)
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    # Of the failure in block 1, block 0 is kept for --resume.
+    assert {path.name for path in tmp_path.iterdir()} == {"model"} | (
+        {".out.partial"} if layer else set()
+    )
 
 
 def test_hessian_that_cannot_be_inverted_fails_with_the_layers_name_and_advice(
@@ -253,7 +242,7 @@ def test_hessian_that_cannot_be_inverted_fails_with_the_layers_name_and_advice(
     def refuse(*_, **__):
         raise NotPositiveDefinite("not positive definite with damping 1")
 
-    monkeypatch.setattr(pipeline, "compensate", refuse)
+    monkeypatch.setattr(InputHessian, "factorize", refuse)
     with pytest.raises(WorkFailed, match=r"model\.layers\.0\.self_attn\.q_proj") as caught:
         quantize(str(tiny_checkpoint("llama")), tmp_path / "out", device="cpu", **calibration)
     assert "damping 1" in str(caught.value)
@@ -270,7 +259,9 @@ def test_progress_counts_every_site_once_and_ends(tiny_checkpoint, calibration, 
         **calibration,
     )
     steps = [e for e in events if e.stage == "quantize"]
-    assert [e.done for e in steps] == list(range(2 * len(SITES) + 1))
+    counts = [e.done for e in steps]
+    assert counts == sorted(counts)
+    assert set(counts) == set(range(2 * len(SITES) + 1))
     assert {e.total for e in steps} == {2 * len(SITES)}
     for stage in {e.stage for e in events}:
         final = [e for e in events if e.stage == stage][-1]

@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from quant.calibration import scales as scales_module
+from quant.calibration.grid import E4M3_MANTISSAS, cell_tables
 from quant.calibration.scales import choose_scales
 from quant.recipe import SCALE_SEARCHES
 from quant_kernels.formats import (
@@ -11,6 +13,7 @@ from quant_kernels.formats import (
     effective_weight,
     every_format,
     join_scales,
+    midpoints,
     nearest_codes,
     on_grid,
     round_e4m3,
@@ -166,6 +169,49 @@ def test_rows_are_chosen_independently(fmt, method):
     together = choose_scales(weight, fmt, method, moments)
     alone = torch.cat([choose_scales(row, fmt, method, moments) for row in weight.split(7)])
     assert torch.equal(together, alone)
+
+
+def searched_squared_error(w: Tensor, h: Tensor, unit: Tensor, levels: Tensor) -> Tensor:
+    """sum h (w - nearest level * unit)^2 by group, by a search of midpoints."""
+    y = w / unit.unsqueeze(-1)
+    nearest = levels[torch.bucketize(y, midpoints(levels))]
+    return (y.sub_(nearest).square_().mul_(h)).sum(dim=-1) * unit.square()
+
+
+def groups_with_ties(levels: Tensor, unit: Tensor) -> Tensor:
+    """Weights [N, G, 128]: Gaussian; midpoints and their neighbours; and what lies far outside."""
+    w = torch.randn(*unit.shape, 128, generator=torch.Generator().manual_seed(0)) * 6
+    middle = midpoints(levels)
+    up = torch.nextafter(middle, torch.tensor(torch.inf))
+    down = torch.nextafter(middle, torch.tensor(-torch.inf))
+    w[..., :45] = torch.cat([middle, up, down])
+    w[..., 45:47] = torch.tensor([-40.0, 40.0])  # no further: they must not drown the rest
+    return w * unit.unsqueeze(-1)
+
+
+@pytest.mark.parametrize("mantissa", [None, *E4M3_MANTISSAS])
+def test_errors_are_those_of_searching_the_midpoints_bit_for_bit(mantissa):
+    codes = torch.arange(-8, 8).float()
+    levels = codes if mantissa is None else round_e4m3(codes * mantissa)
+    unit = torch.rand(5, 3, generator=torch.Generator().manual_seed(1)) + 0.5
+    unit[0] = 2.0**-5  # ties in w are ties in w / unit here
+    w, h = groups_with_ties(levels, unit), torch.rand(1, 3, 128)
+    _, tables = cell_tables(w.device)
+    cells = None if mantissa is None else tables[E4M3_MANTISSAS.index(mantissa)]
+    errors = scales_module._SquaredErrors(w, h)
+    for size in (1.0, 0.37):  # scratch memory is used again
+        expected = searched_squared_error(w, h, unit * size, levels)
+        assert torch.equal(errors.of(unit * size, cells), expected)
+
+
+@each_format
+@pytest.mark.parametrize("method", SCALE_SEARCHES)
+@pytest.mark.parametrize("at_once", [1, 5 * 384, 40 * 384 + 7])
+def test_scales_are_the_same_however_many_are_searched_at_once(fmt, method, at_once, monkeypatch):
+    weight, moments = example(uneven_columns)
+    expected = choose_scales(weight, fmt, method, moments)
+    monkeypatch.setattr(scales_module, "WEIGHTS_AT_ONCE", at_once)
+    assert torch.equal(choose_scales(weight, fmt, method, moments), expected)
 
 
 @each_format

@@ -1,8 +1,7 @@
-"""What is on disk: complete, the same weights to other readers, and there whole or not at all."""
+"""What is on disk: complete, and the same weights to other readers."""
 
 import dataclasses
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -12,13 +11,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import quant.calibration.pipeline as pipeline
 from quant.architectures import LM_HEAD
 from quant.calibration.quantize import quantize
 from quant.checkpoint.compressed_tensors import is_ignored, parse_quantization_config
 from quant.checkpoint.reader import CheckpointReader
-from quant.checkpoint.source import resolve_model
-from quant.checkpoint.writer import CheckpointWriter
 from quant.decoder import Linear
 from quant.errors import RequestError
 from quant.runtime.model import Block, Decoder, load_decoder
@@ -78,14 +74,6 @@ def logits_of(decoder: Decoder, tokens: Tensor) -> Tensor:
 def relative_error(x: Tensor, y: Tensor) -> float:
     x, y = x.double(), y.double()
     return float(1 - 2 * (x * y).sum() / (x.square().sum() + y.square().sum()))
-
-
-def snapshot(folder: Path) -> dict[str, bytes | None]:
-    """Everything below a folder, hidden files too."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
-        for path in sorted(folder.rglob("*"))
-    }
 
 
 # What is in the directory.
@@ -361,195 +349,3 @@ def test_side_file_of_another_version_is_refused(quantized_case, tmp_path):
 )
 def test_ignore_entries_are_names_or_regular_expressions(name, patterns, ignored):
     assert is_ignored(name, patterns) is ignored
-
-
-# Whole or not at all.
-
-
-class Interrupted(BaseException):
-    """As KeyboardInterrupt: no `except Exception` may swallow it."""
-
-
-@pytest.mark.parametrize("error", [RuntimeError, Interrupted])
-@pytest.mark.parametrize("deep", ["out", "new/parents/out"])
-def test_failure_in_the_middle_leaves_nothing(
-    error, deep, tiny_checkpoint, calibration, tmp_path, monkeypatch
-):
-    calls = []
-
-    def fail_in_the_second_block(*arguments):
-        calls.append(arguments)
-        if len(calls) == 7:
-            assert snapshot(tmp_path)  # something is there, hidden
-            assert not (tmp_path / deep).exists()
-            raise error("now")
-        return original(*arguments)
-
-    original = pipeline.advance
-    monkeypatch.setattr(pipeline, "advance", fail_in_the_second_block)
-    with pytest.raises(error, match="now"):
-        quantize(str(tiny_checkpoint("llama")), tmp_path / deep, device="cpu", **calibration)
-    assert not [path for path in snapshot(tmp_path) if path.endswith("out") or "partial" in path]
-    if deep == "out":
-        assert not snapshot(tmp_path)
-
-
-@pytest.mark.parametrize("step", ["rename", "replace", "fsync"])
-def test_failure_while_finishing_leaves_nothing(
-    step, tiny_checkpoint, calibration, tmp_path, monkeypatch
-):
-    def fail(*_):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(os, step, fail)
-    with pytest.raises(OSError, match="disk full"):
-        quantize(str(tiny_checkpoint("llama")), tmp_path / "out", device="cpu", **calibration)
-    assert not snapshot(tmp_path)
-
-
-def test_what_a_killed_run_left_does_not_get_into_the_next(
-    quantized_case, tiny_checkpoint, calibration, tmp_path
-):
-    left = tmp_path / ".out.partial"
-    left.mkdir()
-    (left / "shard-00001.tmp").write_bytes(b"half a shard")
-    (left / "model-00007-of-00009.safetensors").write_bytes(b"rubbish")
-    quantize(str(tiny_checkpoint("llama")), tmp_path / "out", device="cpu", **calibration)
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    names = {path.name for path in quantized_case("lut-128").output.iterdir()}
-    assert {path.name for path in (tmp_path / "out").iterdir()} == names
-
-
-@pytest.mark.parametrize("what", ["directory", "empty directory", "file", "link", "dangling link"])
-def test_output_that_exists_is_refused_and_untouched(what, tiny_checkpoint, calibration, tmp_path):
-    output = tmp_path / "out"
-    if what == "file":
-        output.write_text("precious")
-    elif what.endswith("link"):
-        (tmp_path / "elsewhere").mkdir()
-        output.symlink_to(tmp_path / ("elsewhere" if what == "link" else "nowhere"))
-    else:
-        output.mkdir()
-        if what == "directory":
-            (output / "config.json").write_text("precious")
-    before = snapshot(tmp_path)
-    with pytest.raises(RequestError, match="exists"):
-        quantize(str(tiny_checkpoint("llama")), output, device="cpu", **calibration)
-    assert snapshot(tmp_path) == before
-    assert output.is_symlink() == what.endswith("link")
-
-
-def test_output_below_a_file_is_refused(tiny_checkpoint, calibration, tmp_path):
-    (tmp_path / "file").write_text("precious")
-    with pytest.raises(RequestError, match="cannot be made"):
-        quantize(str(tiny_checkpoint("llama")), tmp_path / "file" / "out", **calibration)
-
-
-@pytest.mark.parametrize("limit", [1, 3000, 10**9])
-def test_shards_are_bounded_and_hold_everything(limit, tmp_path):
-    generator = torch.Generator().manual_seed(0)
-    tensors = {f"t{i}": torch.randn(i + 1, 100, generator=generator) for i in range(9)}
-    with CheckpointWriter(tmp_path / "out", max_shard_bytes=limit) as writer:
-        for name, tensor in tensors.items():
-            writer.add(name, tensor)
-        writer.finish()
-    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
-    shards = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
-    count = {1: 9, 3000: 7, 10**9: 1}[limit]
-    assert shards == [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-    found = {}
-    for shard in shards:
-        held = load_file(tmp_path / "out" / shard)
-        size = sum(tensor.numel() * tensor.element_size() for tensor in held.values())
-        assert size <= limit or len(held) == 1
-        assert all(index["weight_map"][name] == shard for name in held)
-        found |= held
-    assert set(found) == set(index["weight_map"]) == set(tensors)
-    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
-
-
-def test_context_left_without_finish_writes_nothing(tmp_path):
-    with CheckpointWriter(tmp_path / "out", max_shard_bytes=1) as writer:
-        writer.add("a", torch.zeros(8))
-        writer.add("b", torch.zeros(8))
-        assert snapshot(tmp_path)
-    assert not snapshot(tmp_path)
-
-
-# Sources that cannot be read.
-
-
-def test_sharded_source_reads_as_transformers_reads_it(tiny_checkpoint):
-    from transformers import AutoModelForCausalLM
-
-    directory = tiny_checkpoint("qwen2")
-    assert len(list(directory.glob("*.safetensors"))) > 1
-    reader = CheckpointReader(directory)
-    state = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).state_dict()
-    assert reader.names == set(state)
-    for name, tensor in state.items():
-        assert reader.shape(name) == tuple(tensor.shape)
-        assert torch.equal(reader.read(name), tensor)
-
-
-def without_a_shard(directory: Path) -> None:
-    next(iter(sorted(directory.glob("*.safetensors")))).unlink()
-
-
-def with_an_index_that_points_outside(directory: Path) -> None:
-    index = directory / "model.safetensors.index.json"
-    content = json.loads(index.read_text())
-    name = next(iter(content["weight_map"]))
-    content["weight_map"][name] = "../model.safetensors"
-    index.write_text(json.dumps(content))
-
-
-def without_the_index(directory: Path) -> None:
-    (directory / "model.safetensors.index.json").unlink()
-
-
-def with_pickles_only(directory: Path) -> None:
-    for path in directory.glob("*.safetensors"):
-        path.rename(path.with_name("pytorch_model.bin"))
-
-
-def with_a_truncated_shard(directory: Path) -> None:
-    path = next(iter(sorted(directory.glob("*.safetensors"))))
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-def with_broken_json(directory: Path) -> None:
-    (directory / "config.json").write_text("{")
-
-
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (without_a_shard, "names 'model-00001-of-00003.safetensors', which is not there"),
-        (with_an_index_that_points_outside, "points outside its directory"),
-        (without_the_index, "without an index"),
-        (with_pickles_only, "pickles.*convert them to safetensors"),
-        (with_a_truncated_shard, "not a readable safetensors file"),
-        (with_broken_json, "not valid JSON"),
-    ],
-    ids=lambda value: getattr(value, "__name__", ""),
-)
-def test_broken_sources_are_refused_before_anything_is_written(
-    spoil, message, tiny_checkpoint, calibration, tmp_path
-):
-    directory = shutil.copytree(tiny_checkpoint("qwen2"), tmp_path / "model")
-    spoil(directory)
-    with pytest.raises(RequestError, match=message):
-        quantize(str(directory), tmp_path / "out", device="cpu", **calibration)
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
-
-
-def test_source_that_is_not_there_or_not_a_directory_is_refused(tmp_path):
-    with pytest.raises(RequestError, match="no such directory or file"):
-        resolve_model(str(tmp_path / "nothing"))
-    (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(RequestError, match="is a file; give its directory"):
-        resolve_model(str(tmp_path / "model.safetensors"))
-    (tmp_path / "fake.gguf").write_bytes(b"GGML0000")
-    with pytest.raises(RequestError, match="not a GGUF file"):
-        resolve_model(str(tmp_path / "fake.gguf"))

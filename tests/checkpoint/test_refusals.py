@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 import stat
@@ -87,12 +88,35 @@ def test_two_runs_do_not_write_one_output(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [output]
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_lock_of_a_directory_that_is_gone_meanwhile_is_none(
+    again: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*arguments: Any) -> None:
+        original(*arguments)
+        shutil.rmtree(tmp_path / ".out.partial")  # as the run that had it does when it finishes
+        if again:
+            (tmp_path / ".out.partial").mkdir()  # and a third one begins
+            (tmp_path / ".out.partial" / ".lock").touch()
+
+    original = fcntl.flock
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(RequestError, match="another run is writing it"):
+        CheckpointWriter(tmp_path / "out").__enter__()
+
+
 def test_what_a_killed_run_left_is_not_taken_over(tmp_path: Path) -> None:
     left = tmp_path / ".out.partial"
     left.mkdir()
-    (left / "shard-00001.tmp").write_bytes(b"half")
+    (left / "checkpoint").mkdir()
+    (left / "checkpoint" / "shard-00001.tmp").write_bytes(b"half")
+    (left / "activations").mkdir()
+    (left / "activations" / "hidden-00000-00000.bin").write_bytes(b"half")
+    (left / "journal.jsonl").write_bytes(b"{}")
     with CheckpointWriter(tmp_path / "out") as writer:
-        assert not (left / "shard-00001.tmp").exists()
+        assert (left / "checkpoint" / "shard-00001.tmp").exists()  # it might be resumed
+        writer.clear()
+        assert sorted(path.name for path in left.rglob("*")) == [".lock", "checkpoint"]
         writer.add("a", torch.ones(4))
         writer.finish()
     assert [p.name for p in tmp_path.iterdir()] == ["out"]

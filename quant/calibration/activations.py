@@ -1,0 +1,181 @@
+"""Where the activations of all calibration windows wait between two steps: memory or disk.
+
+A store keeps tuples of tensors by (name, batch). Reading from the disk runs one batch ahead of the
+computation, and writing behind it, on a thread of its own.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from quant.errors import RequestError, WorkFailed
+
+OFFLOADS = ("auto", "none", "cpu", "disk")
+
+Key = tuple[str, int]
+Shape = tuple[torch.dtype, tuple[int, ...]]
+
+
+class ActivationStore(Protocol):
+    """get returns what put was given, on the device of the computation."""
+
+    place: str  # "device", "cpu" or "disk"
+
+    def put(self, name: str, batch: int, *tensors: Tensor) -> None: ...
+
+    def get(self, name: str, batch: int) -> tuple[Tensor, ...]: ...
+
+    def forget(self, name: str, batch: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class MemoryStore:
+    """Activations on one device: that of the computation, or the host."""
+
+    def __init__(self, compute: torch.device, host: bool) -> None:
+        self.place = "cpu" if host else "device"
+        self._compute = compute
+        self._kept_on = torch.device("cpu") if host else compute
+        self._tensors: dict[Key, tuple[Tensor, ...]] = {}
+
+    def put(self, name: str, batch: int, *tensors: Tensor) -> None:
+        self._tensors[name, batch] = tuple(t.to(self._kept_on).contiguous() for t in tensors)
+
+    def get(self, name: str, batch: int) -> tuple[Tensor, ...]:
+        return tuple(tensor.to(self._compute) for tensor in self._tensors[name, batch])
+
+    def forget(self, name: str, batch: int) -> None:
+        self._tensors.pop((name, batch), None)
+
+    def close(self) -> None:
+        self._tensors.clear()
+
+
+class DiskStore:
+    """Activations in files, one for each (name, batch), that a later process can take up.
+
+    At most `QUEUED` batches wait to be written, so memory holds a few of them, however many there
+    are. Raises WorkFailed where the disk is full.
+    """
+
+    QUEUED = 2
+    place = "disk"
+
+    def __init__(self, directory: Path, compute: torch.device) -> None:
+        directory.mkdir(exist_ok=True)
+        self.directory = directory
+        self._compute = compute
+        self._shapes: dict[Key, tuple[Shape, ...]] = {}
+        self._writing: dict[Key, Future[None]] = {}
+        self._reading: dict[Key, Future[tuple[Tensor, ...]]] = {}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="activations")
+
+    def put(self, name: str, batch: int, *tensors: Tensor) -> None:
+        key = (name, batch)
+        while len(self._writing) >= self.QUEUED:
+            self._writing.pop(next(iter(self._writing))).result()
+        ready = [tensor.detach().cpu().contiguous() for tensor in tensors]
+        self._reading.pop(key, None)
+        self._shapes[key] = tuple((t.dtype, tuple(t.shape)) for t in ready)
+        self._writing[key] = self._thread.submit(self._write, self._path(key), ready)
+
+    def get(self, name: str, batch: int) -> tuple[Tensor, ...]:
+        # One thread does both in the order of asking, so a read comes after the write of its file.
+        if writing := self._writing.pop((name, batch), None):
+            writing.result()
+        ahead = self._reading.pop((name, batch), None) or self._read_later((name, batch))
+        following = (name, batch + 1)
+        if following in self._shapes and following not in self._reading:
+            self._reading[following] = self._read_later(following)
+        return tuple(tensor.to(self._compute) for tensor in ahead.result())
+
+    def forget(self, name: str, batch: int) -> None:
+        key = (name, batch)
+        if self._shapes.pop(key, None) is not None:
+            self._reading.pop(key, None)
+            self._thread.submit(self._path(key).unlink, missing_ok=True)
+
+    def seal(self, name: str) -> Callable[[], None]:
+        """A function that returns when everything put under `name` is on the disk.
+
+        It may be called on another thread, while this one goes on to put other names.
+        """
+        keys = [key for key in self._shapes if key[0] == name]
+        written = list(self._writing.values())
+
+        def wait() -> None:
+            for future in written:
+                future.result()
+            for key in keys:
+                descriptor = os.open(self._path(key), os.O_RDONLY)
+                try:
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
+
+        return wait
+
+    def adopt(self, name: str, shapes: list[Shape]) -> None:
+        """Take over what an earlier process sealed under `name`: one tensor in each batch.
+
+        Removes what else it left. Raises RequestError where a file is missing or has another size.
+        """
+        for batch, (dtype, shape) in enumerate(shapes):
+            path = self._path((name, batch))
+            size = torch.Size(shape).numel() * dtype.itemsize
+            if not path.is_file() or path.stat().st_size != size:
+                raise RequestError(
+                    f"{path}, kept for resuming, is not there with its {size} bytes; "
+                    f"remove {self.directory.parent} and start again"
+                )
+            self._shapes[name, batch] = ((dtype, shape),)
+        kept = {self._path(key) for key in self._shapes}
+        for path in self.directory.iterdir():
+            if path not in kept:
+                path.unlink()
+
+    def close(self) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    def _path(self, key: Key) -> Path:
+        return self.directory / f"{key[0]}-{key[1]:05d}.bin"
+
+    def _read_later(self, key: Key) -> Future[tuple[Tensor, ...]]:
+        return self._thread.submit(self._read, self._path(key), self._shapes[key])
+
+    @staticmethod
+    def _write(path: Path, tensors: list[Tensor]) -> None:
+        try:
+            with path.open("wb", buffering=0) as file:
+                for tensor in tensors:
+                    view = memoryview(_bytes(tensor))
+                    while len(view):
+                        view = view[file.write(view) :]
+        except OSError as error:
+            raise WorkFailed(f"{path} could not be written: {error.strerror or error}") from error
+
+    @staticmethod
+    def _read(path: Path, shapes: tuple[Shape, ...]) -> tuple[Tensor, ...]:
+        tensors = tuple(torch.empty(shape, dtype=dtype) for dtype, shape in shapes)
+        with path.open("rb", buffering=0) as file:
+            for tensor in tensors:
+                view = memoryview(_bytes(tensor))
+                while len(view):
+                    got = file.readinto(view)
+                    if not got:
+                        raise WorkFailed(f"{path} is shorter than what was written to it")
+                    view = view[got:]
+        return tensors
+
+
+def _bytes(tensor: Tensor) -> Any:
+    """The memory of a contiguous tensor on the host, as a NumPy array of bytes."""
+    return tensor.flatten().view(torch.uint8).numpy()

@@ -1,0 +1,197 @@
+"""Block after block, from the source to the output shards, with a journal in between.
+
+While a block is computed, the one before it is written and the one after it is read ahead. A block
+counts as finished when its tensors, what enters the next block (where activations are on disk), and
+then its line in the journal are durable. So whatever ends the process, the next one goes on after
+the last finished block: with the activations kept on disk, or by letting the calibration tokens
+through the finished blocks again, which computes the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quant.architectures import EMBEDDING, FINAL_NORM, LM_HEAD, SITES, block_prefix
+from quant.calibration.activations import DiskStore
+from quant.calibration.pipeline import BlockPipeline, QuantizedBlock, hidden_name
+from quant.calibration.plan import RunPlan
+from quant.calibration.site import SiteFailed
+from quant.checkpoint.compressed_tensors import linear_tensors
+from quant.checkpoint.journal import Journal, Part
+from quant.checkpoint.reader import CheckpointReader
+from quant.checkpoint.shards import Entry
+from quant.checkpoint.writer import CheckpointWriter, finite
+from quant.errors import RequestError, WorkFailed
+from quant.memory import release_free_memory
+from quant.report import LayerReport, OnProgress, Progress, SkippedLayers
+from quant_kernels.packing import PackedWeight
+
+EMBEDDING_PART = "embedding"
+ON_FAILURE = ("stop", "skip-to-bf16")
+
+
+@dataclass
+class Run:
+    """What the parts of a run share. dtype: of what stays unquantized; None: as stored."""
+
+    plan: RunPlan
+    reader: CheckpointReader
+    pipeline: BlockPipeline
+    writer: CheckpointWriter
+    journal: Journal
+    dtype: torch.dtype | None
+    on_failure: str
+    on_progress: OnProgress
+
+
+def check_on_failure(policy: str) -> None:
+    if policy not in ON_FAILURE:
+        raise RequestError(f"on-failure {policy!r} is unknown; known: {', '.join(ON_FAILURE)}")
+
+
+def quantize_blocks(run: Run) -> tuple[list[LayerReport], list[SkippedLayers]]:
+    """Quantize what the journal does not have yet; the report's rows, and what was left alone.
+
+    Raises WorkFailed, naming the layers, where a site fails and the policy is to stop.
+    """
+    journal, pipeline = run.journal, run.pipeline
+    rows = [_layer_report(row) for part in journal.parts for row in part.report]
+    skipped = [_skipped(item) for part in journal.parts for item in part.skipped]
+    for item in skipped:
+        pipeline.leave_alone(item.names)
+    if not journal.parts:
+        entry = _copy(run, f"{EMBEDDING}.weight")
+        run.writer.shards.sync()
+        journal.append(Part(EMBEDDING_PART, (entry,)))
+    first = journal.blocks
+    _take_up(run, first)
+    layers = run.reader.config.num_layers
+    # A thread writes; leaving the block waits for it, so that what it has begun is recorded.
+    with ThreadPoolExecutor(1, thread_name_prefix="writer") as thread:
+        pending: Future[None] | None = None
+        for layer in range(first, layers):
+            block, left = _quantize(run, layer)
+            tensors = _tensors(run, layer, block)
+            if pending is not None:
+                pending.result()
+            store = pipeline.store
+            on_disk = isinstance(store, DiskStore)
+            seal = store.seal(hidden_name(layer + 1)) if isinstance(store, DiskStore) else None
+            part = Part(
+                name=str(layer),
+                entries=(),
+                report=tuple(asdict(row) for row in block.rows),
+                skipped=tuple(asdict(item) for item in left),
+                activations=on_disk,
+            )
+            pending = thread.submit(_record, run, part, tensors, seal)
+            if not on_disk:
+                pipeline.leave(layer)
+            elif layer > first:
+                pipeline.leave(layer - 1)  # the journal has what came out of it
+            rows += block.rows
+            skipped += left
+            del block, tensors
+            release_free_memory()
+        if pending is not None:
+            pending.result()
+    steps = layers * len(SITES)
+    run.on_progress(Progress("quantize", steps, steps))
+    return rows, skipped
+
+
+def write_outer(run: Run) -> None:
+    """The tensors after the blocks: the final norm, and a head of its own."""
+    for module in (FINAL_NORM, LM_HEAD):
+        if f"{module}.weight" in run.plan.tensors:
+            _copy(run, f"{module}.weight")
+
+
+def _quantize(run: Run, layer: int) -> tuple[QuantizedBlock, list[SkippedLayers]]:
+    left: list[SkippedLayers] = []
+    while True:
+        try:
+            return run.pipeline.quantize(layer), left
+        except SiteFailed as failure:
+            if run.on_failure == "stop":
+                raise WorkFailed(
+                    f"{failure}. Use more calibration samples, ignore these layers, or keep what "
+                    "fails in 16 bits with --on-failure skip-to-bf16"
+                ) from failure
+            # The block begins again, because what it has computed so far rests on this site.
+            run.pipeline.leave_alone(failure.names)
+            left.append(SkippedLayers(failure.names, failure.reason))
+
+
+def _take_up(run: Run, first: int) -> None:
+    """Bring the calibration tokens to where block `first` begins."""
+    pipeline, journal = run.pipeline, run.journal
+    if first == run.reader.config.num_layers:
+        return
+    store = pipeline.store
+    if first and isinstance(store, DiskStore) and journal.parts[-1].activations:
+        store.adopt(hidden_name(first), pipeline.hidden_shapes())
+        return
+    pipeline.embed()
+    by_name = {entry.name: entry for entry in journal.entries}
+    for layer in range(first):
+        prefix = block_prefix(layer)
+        packed = {}
+        for name in (name for names in SITES.values() for name in names):
+            fmt = pipeline.plan[prefix + name].fmt
+            if fmt is not None:
+                words, scales = (
+                    run.writer.shards.read(by_name[f"{prefix}{name}.{suffix}"]).to(pipeline.device)
+                    for suffix in ("weight_packed", "weight_scale")
+                )
+                packed[name] = PackedWeight(words, scales, fmt)
+        pipeline.forward(layer, packed)
+
+
+def _record(
+    run: Run, part: Part, tensors: dict[str, Tensor], seal: Callable[[], None] | None
+) -> None:
+    entries = tuple(run.writer.shards.add(name, tensor) for name, tensor in tensors.items())
+    run.writer.shards.sync()
+    if seal is not None:
+        seal()
+    run.journal.append(replace(part, entries=entries))
+    run.writer.keep()
+
+
+def _tensors(run: Run, layer: int, block: QuantizedBlock) -> dict[str, Tensor]:
+    """A block's output by full name, on the host."""
+    prefix = block_prefix(layer)
+    found = {
+        prefix + name: _kept(run, prefix + name, tensor) for name, tensor in block.kept.items()
+    }
+    for name, weight in block.packed.items():
+        for suffix, tensor in linear_tensors(weight).items():
+            full = f"{prefix}{name}.{suffix}"
+            found[full] = finite(full, tensor)
+    return found
+
+
+def _kept(run: Run, name: str, tensor: Tensor) -> Tensor:
+    return finite(name, tensor if run.dtype is None else tensor.to(run.dtype))
+
+
+def _copy(run: Run, name: str) -> Entry:
+    """Copy a tensor of the source, piece by piece."""
+    kind, shape = run.plan.tensors[name]
+    chunks = (_kept(run, name, chunk) for chunk in run.reader.chunks(name))
+    return run.writer.shards.add_chunks(name, kind, shape, chunks)
+
+
+def _layer_report(row: dict[str, Any]) -> LayerReport:
+    return LayerReport(**{**row, "shape": tuple(row["shape"])})
+
+
+def _skipped(item: dict[str, Any]) -> SkippedLayers:
+    return SkippedLayers(tuple(item["names"]), item["reason"])
