@@ -63,12 +63,11 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def wait_for_blocks(
-    output: Path, blocks: int, process: subprocess.Popen[str], journal: bool = False
-) -> None:
+def wait_for_blocks(output: Path, blocks: int, process: subprocess.Popen[str]) -> None:
+    """Wait until so many blocks are done; for 0, until the journal has begun."""
     end = time.monotonic() + 60
     path = work_directory(output) / "journal.jsonl"
-    while finished_blocks(output) < blocks or (journal and not path.is_file()):
+    while not path.is_file() or finished_blocks(output) < blocks:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < end
         time.sleep(0.01)
@@ -89,14 +88,16 @@ def command(deep_checkpoint: Path, long_text: Path) -> Command:
 
 @pytest.fixture(scope="module")
 def whole(command: Command, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
-    """The output of a run in one go, and the seconds that its blocks took."""
+    """The output of a run in one go, and the seconds that a block took."""
     output = tmp_path_factory.mktemp("whole") / "out"
     process = command.start(output)
-    wait_for_blocks(output, 0, process, journal=True)
+    wait_for_blocks(output, 1, process)
     started = time.monotonic()
+    wait_for_blocks(output, 3, process)
+    seconds = (time.monotonic() - started) / 2
     _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
-    return output, time.monotonic() - started
+    return output, seconds
 
 
 def test_stopped_by_signals_again_and_again_and_resumed_is_the_same(
@@ -147,27 +148,24 @@ def test_killed_anywhere_and_resumed_is_the_same(
     chance = random.Random(17)
     expected, seconds = files_of(whole[0]), whole[1]
     places = ["cpu", "disk"]
-    done = set()
+    done = []
     for i in range(KILLS):
-        output = tmp_path / f"out{i}"
-        options = ["--activation-offload", places[i % 2]]
-        for attempt in range(2 if i % 4 == 3 else 1):
+        output, blocks = tmp_path / f"out{i}", i // 2 % 5 - 1  # -1: while it starts
+        for attempt in range(2 if i % 3 == 2 and blocks < 3 else 1):
+            options = ["--activation-offload", places[(i + attempt) % 2]]
             process = command.start(output, *options, *(["--resume"] if attempt else []))
-            if i >= KILLS // 5:  # the first ones fall anywhere; the others, after the start
-                wait_for_blocks(output, 0, process, journal=True)
-            # Stratified, from here to a little after the end.
-            time.sleep((i + chance.random()) / KILLS * seconds * 1.05)
+            if blocks >= 0:
+                wait_for_blocks(output, blocks + attempt, process)
+            # After the last block that is waited for, also while the files get their names.
+            time.sleep(chance.random() * (2 * seconds if blocks == 3 else seconds))
             process.kill()
             process.communicate()
-            done.add(finished_blocks(output))
-            if output.exists():
-                break
+            done.append(-1 if output.exists() else finished_blocks(output))
         if not output.exists():
-            options = ["--activation-offload", places[(i + i // 2) % 2]]
-            command.finish(output, "--resume", *options)
+            command.finish(output, "--resume", "--activation-offload", places[i // 10 % 2])
             assert not (tmp_path / f".out{i}.partial").exists()
         assert files_of(output) == expected, (i, done)
-    assert len(done) >= 3  # the kills did fall between blocks
+    assert {0, 1, 2, 3} <= set(done)
 
 
 @pytest.fixture

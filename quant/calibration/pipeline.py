@@ -44,7 +44,7 @@ from quant_kernels.packing import PackedWeight
 # widest activations take no more than a small part of a block's weights (in FP32).
 TOKENS_AT_ONCE = 8192
 BATCH_OF_BLOCK = 1 / 16
-BATCH_BYTES = 16 * 2**20
+BATCH_BYTES = 4 * 2**20
 INPUTS = "inputs"
 
 

@@ -37,6 +37,7 @@ from quant.checkpoint.writer import (
     CheckpointWriter,
     check_output,
     check_space,
+    remove_remains,
     work_directory,
 )
 from quant.device import select_device, select_dtype
@@ -161,6 +162,7 @@ def quantize(
     output = Path(output_dir).expanduser()
     recipe = _recipe(recipe, overrides)
     options = _options(dtype, device, max_shard_size, activation_offload, on_failure, max_error)
+    remove_remains(output)
     check_output(output)
     directory = resolve_model(model, revision=revision, trust_remote_code=trust_remote_code)
     return_large_arrays()
@@ -202,6 +204,8 @@ def quantize(
                 rows, skipped = quantize_blocks(run)
             finally:
                 store.close()
+            if not rows:
+                raise WorkFailed(f"no layer could be quantized; the first: {skipped[0].reason}")
             on_progress(Progress("write", 0, 1, str(output)))
             ignored = tuple(row.name for row in pipeline.plan.values() if row.fmt is None)
             write_outer(run)

@@ -49,6 +49,13 @@ def check_output(output: Path) -> None:
         raise RequestError(f"OUT {str(output)!r} cannot be made: {parent} is not writable")
 
 
+def remove_remains(output: Path) -> None:
+    """Remove what a run that was killed between its last two steps left beside a finished OUT."""
+    work = work_directory(output)
+    if output.is_dir() and work.is_dir() and not (work / "checkpoint").exists():
+        shutil.rmtree(work, ignore_errors=True)
+
+
 def check_space(output: Path, needed: int) -> None:
     """RequestError where the disk of OUT has not `needed` bytes left."""
     folder = work_directory(output)
@@ -93,6 +100,12 @@ class CheckpointWriter:
             raise RequestError(
                 f"OUT {str(self.output)!r}: another run is writing it (into {self.work})"
             ) from None
+        try:
+            check_output(self.output)  # a run may have finished it since
+        except RequestError:
+            self._lock.close()
+            shutil.rmtree(self.work, ignore_errors=True)
+            raise
         self.directory.mkdir(exist_ok=True)
         return self
 

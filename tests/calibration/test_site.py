@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from quant.calibration.hessian import InputHessian
+from quant.calibration.scales import choose_scales
 from quant.calibration.site import (
     PART_ELEMENTS,
     PART_OF_BLOCK,
@@ -17,7 +18,7 @@ from quant.calibration.site import (
     quantize_site,
 )
 from quant.recipe import CompensatePass, RoundPass
-from quant_kernels.formats import WeightFormat, effective_weight
+from quant_kernels.formats import WeightFormat, effective_weight, nearest_codes
 from quant_kernels.packing import unpack_int4
 
 K = 128
@@ -79,6 +80,10 @@ def test_errors_are_the_shares_of_the_outputs_energy(
         x, w = inputs.double(), weight.double()
         lost = float((x @ (w - used).T).square().sum() / (x @ w.T).square().sum())
         assert row.error_after == pytest.approx(lost, rel=1e-3)
+        absmax = choose_scales(weight.float(), fmt, "absmax")
+        nearest = effective_weight(nearest_codes(weight.float(), absmax, fmt), absmax, fmt)
+        lost = float((x @ (w - nearest).T).square().sum() / (x @ w.T).square().sum())
+        assert row.error_before == pytest.approx(lost, rel=1e-3)
         assert row.error_after < row.error_before < 0.1
         assert row.damping == 0.01
 
@@ -123,12 +128,20 @@ def test_more_damping_is_tried_until_the_error_fits(
 def test_the_hessian_may_take_more_damping_and_that_counts(
     inputs: Tensor, weights: list[Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def factorize(self: InputHessian, damping: float, act_order: bool) -> float:
+        tried.append(damping)
+        return original(self, max(damping, 0.1), act_order)
+
+    tried: list[float] = []
     original = InputHessian.factorize
-    monkeypatch.setattr(
-        InputHessian, "factorize", lambda self, damping, order: original(self, 0.1, order)
-    )
-    rows = quantize_site(NAMES, weights, FORMATS[0], CompensatePass(), hessian_of(inputs))
+    monkeypatch.setattr(InputHessian, "factorize", factorize)
+    fmt, hessian = FORMATS[0], hessian_of(inputs)
+    rows = quantize_site(NAMES, weights, fmt, CompensatePass(), hessian)
     assert {row.damping for row in rows} == {0.1}
+    tried.clear()
+    with pytest.raises(SiteFailed, match="damping up to 1 "):
+        quantize_site(NAMES, weights, fmt, CompensatePass(), hessian, max_error=1e-6)
+    assert tried == [0.01, 1.0]
 
 
 def test_bound_holds_for_rounding_too(inputs: Tensor, weights: list[Tensor]) -> None:

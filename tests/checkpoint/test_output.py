@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 import quant.calibration.pipeline as pipeline
 from quant.calibration.quantize import finished_blocks, quantize
+from quant.checkpoint.journal import Fingerprint, Journal, Part
 from quant.checkpoint.writer import CheckpointWriter
 from quant.errors import RequestError, WorkFailed
 
@@ -139,13 +140,30 @@ def test_what_a_killed_run_left_does_not_get_into_the_next(
     quantized_case, tiny_checkpoint, calibration, tmp_path
 ):
     left = tmp_path / ".out.partial"
-    left.mkdir()
-    (left / "shard-00001.tmp").write_bytes(b"half a shard")
-    (left / "model-00007-of-00009.safetensors").write_bytes(b"rubbish")
+    (left / "checkpoint").mkdir(parents=True)
+    (left / "checkpoint" / "shard-00001.tmp").write_bytes(b"half a shard" * 100_000)
+    (left / "checkpoint" / "model-00007-of-00009.safetensors").write_bytes(b"rubbish")
     quantize(str(tiny_checkpoint("llama")), tmp_path / "out", device="cpu", **calibration)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     names = {path.name for path in quantized_case("lut-128").output.iterdir()}
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
+
+
+def test_what_a_killed_run_left_before_its_first_block_is_removed_by_one_that_fails(
+    tiny_checkpoint, calibration, tmp_path
+):
+    def stop(event):
+        if event.stage == "quantize":
+            raise Interrupted
+
+    left = tmp_path / ".out.partial"
+    left.mkdir()
+    journal = Journal(left / "journal.jsonl")
+    journal.begin(Fingerprint({}, {}, {}, {}, {}), 1)
+    journal.append(Part("embedding", ()))
+    with pytest.raises(Interrupted):
+        quantize(str(tiny_checkpoint("llama")), tmp_path / "out", on_progress=stop, **calibration)
+    assert not snapshot(tmp_path)
 
 
 @pytest.mark.parametrize("what", ["directory", "empty directory", "file", "link", "dangling link"])
@@ -202,3 +220,31 @@ def test_context_left_without_finish_writes_nothing(tmp_path):
         writer.add("b", torch.zeros(8))
         assert snapshot(tmp_path)
     assert not snapshot(tmp_path)
+
+
+def test_what_a_kill_in_the_last_step_left_goes_with_the_next_command(
+    quantized_case, calibration, tmp_path
+):
+    output, left = tmp_path / "out", tmp_path / ".out.partial"
+    shutil.copytree(quantized_case("lut-128").output, output)
+    before = snapshot(tmp_path)
+    left.mkdir()
+    (left / "journal.jsonl").write_text("{}")
+    with pytest.raises(RequestError, match="exists"):
+        quantize(str(quantized_case("lut-128").source), output, resume=True, **calibration)
+    assert snapshot(tmp_path) == before
+
+
+def test_output_that_another_run_finishes_meanwhile_is_not_overwritten(tmp_path):
+    writer = CheckpointWriter(tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(RequestError, match="exists"):
+        writer.__enter__()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_run_that_quantizes_nothing_fails(tiny_checkpoint, calibration, tmp_path):
+    options = {"max_error": 1e-9, "on_failure": "skip-to-bf16", "device": "cpu", **calibration}
+    with pytest.raises(WorkFailed, match=r"no layer could be quantized; .*the bound is"):
+        quantize(str(tiny_checkpoint("llama")), tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
