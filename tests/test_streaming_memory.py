@@ -27,7 +27,7 @@ def quantized(directory: Path, layers: int) -> dict[str, Any]:
 @pytest.mark.slow
 def test_memory_is_that_of_one_block_however_many_there_are(tmp_path: Path) -> None:
     _, interpreter = interpreter_bytes()
-    few, many = quantized(tmp_path / "few", 2), quantized(tmp_path / "many", 8)
+    few, many = quantized(tmp_path / "few", 1), quantized(tmp_path / "many", 4)
     for figures in (few, many):
         weights = figures["block_bytes"] + figures["activation_bytes"]
         assert figures["block_bytes"] == 4 * (2 * 3072**2 + 2 * 3072 * 1024 + 3 * 3072 * 8192) + (
@@ -35,5 +35,5 @@ def test_memory_is_that_of_one_block_however_many_there_are(tmp_path: Path) -> N
         )
         assert figures["activation_bytes"] == SAMPLES * LENGTH * (4 * 3072 + 8192 + 4)
         assert figures["peak_memory_bytes"] <= 1.5 * weights + interpreter
-    assert many["source_size_bytes"] > 1.6e9
+    assert many["source_size_bytes"] > 1e9
     assert many["peak_memory_bytes"] <= 1.03 * few["peak_memory_bytes"]
