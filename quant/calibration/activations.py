@@ -6,7 +6,6 @@ computation, and writing behind it, on a thread of its own.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from quant.checkpoint.shards import flush_to_disk
 from quant.errors import RequestError, WorkFailed
 
 OFFLOADS = ("auto", "none", "cpu", "disk")
@@ -115,11 +115,8 @@ class DiskStore:
             for future in written:
                 future.result()
             for key in keys:
-                descriptor = os.open(self._path(key), os.O_RDONLY)
-                try:
-                    os.fsync(descriptor)
-                finally:
-                    os.close(descriptor)
+                flush_to_disk(self._path(key))
+            flush_to_disk(self.directory)
 
         return wait
 

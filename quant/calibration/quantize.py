@@ -204,8 +204,10 @@ def quantize(
                 rows, skipped = quantize_blocks(run)
             finally:
                 store.close()
-            if not rows:
-                raise WorkFailed(f"no layer could be quantized; the first: {skipped[0].reason}")
+        if not rows:
+            writer.keep(False)
+            raise WorkFailed(f"no layer could be quantized; the first: {skipped[0].reason}")
+        with _advising(output, journal):
             on_progress(Progress("write", 0, 1, str(output)))
             ignored = tuple(row.name for row in pipeline.plan.values() if row.fmt is None)
             write_outer(run)

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from quant.checkpoint.shards import Entry
+from quant.checkpoint.shards import Entry, flush_to_disk
 from quant.errors import RequestError, WorkFailed
 
 JOURNAL_VERSION = 1
@@ -127,6 +127,8 @@ class Journal:
                 file.write(line)
                 file.flush()
                 os.fsync(file.fileno())
+            if not self._length:
+                flush_to_disk(self.path.parent)
         except OSError as error:
             raise WorkFailed(
                 f"{self.path} could not be written: {error.strerror or error}"

@@ -107,6 +107,8 @@ class ShardWriter:
                 os.fsync(descriptor)
             if shard != self._shard:
                 os.close(self._files.pop(shard))
+        with _refusals(self.directory):
+            flush_to_disk(self.directory)  # a new file's name
 
     def restore(self, entries: Sequence[Entry]) -> None:
         """Go on after `entries`, in a directory where they were written; the rest is cut off.
@@ -170,6 +172,15 @@ class ShardWriter:
             done = 0
             while done < len(data):
                 done += os.pwrite(self._files[shard], data[done:], offset + done)
+
+
+def flush_to_disk(path: Path) -> None:
+    """Return when a file's content, or a directory's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def header_bytes(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> int:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant.checkpoint.shards import ShardWriter
+from quant.checkpoint.shards import ShardWriter, flush_to_disk
 from quant.errors import RequestError, WorkFailed
 
 MAX_SHARD_SIZE = "5GB"
@@ -155,11 +155,11 @@ class CheckpointWriter:
         self.write_json("model.safetensors.index.json", index)
         make_readable(self.directory)
         for path in self.directory.iterdir():
-            _fsync(path)
-        _fsync(self.directory)
+            flush_to_disk(path)
+        flush_to_disk(self.directory)
         os.rename(self.directory, self.output)
         self._finished = True
-        _fsync(self.output.absolute().parent)
+        flush_to_disk(self.output.absolute().parent)
         shutil.rmtree(self.work, ignore_errors=True)
 
 
@@ -180,11 +180,3 @@ def make_readable(directory: Path) -> None:
     directory.chmod(0o777 & ~umask)
     for path in directory.iterdir():
         path.chmod(0o666 & ~umask)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
