@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -350,7 +350,7 @@ def say_what_is_kept(output: Path) -> None:
 
 
 @contextmanager
-def interrupt_flag() -> Iterator[list[int]]:
+def interrupt_flag(announce: Callable[[str], None]) -> Iterator[list[int]]:
     """A list that the first SIGINT or SIGTERM adds its number to; the second stops at once."""
     received: list[int] = []
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -359,6 +359,7 @@ def interrupt_flag() -> Iterator[list[int]]:
         received.append(number)
         for number, handler in before.items():
             signal.signal(number, handler)
+        announce("stopping after the current step; once more stops at once")
 
     for number in before:
         signal.signal(number, note)
@@ -387,7 +388,7 @@ def progress_bars(stops_between: bool = False) -> Iterator[OnProgress]:
     )
     with Bars(*columns, console=err) as bars, ExitStack() as stack:
         tasks: dict[str, Any] = {}
-        received = stack.enter_context(interrupt_flag()) if stops_between else []
+        received = stack.enter_context(interrupt_flag(err.print)) if stops_between else []
 
         def listen(p: Progress) -> None:
             if received:

@@ -132,6 +132,7 @@ def test_stopped_by_signals_again_and_again_and_resumed_is_the_same(
         blocks = finished_blocks(output)
         assert blocks >= stop
         if len(signals) == 1:
+            assert "stopping after the current step; once more stops at once" in message
             assert f"stopped; {blocks} blocks are done and kept" in message
             assert "--resume" in message
         assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
