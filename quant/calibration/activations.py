@@ -19,6 +19,8 @@ from quant.errors import RequestError, WorkFailed
 
 OFFLOADS = ("auto", "none", "cpu", "disk")
 
+ALIGNMENT = 64
+
 Key = tuple[str, int]
 Shape = tuple[torch.dtype, tuple[int, ...]]
 
@@ -38,25 +40,46 @@ class ActivationStore(Protocol):
 
 
 class MemoryStore:
-    """Activations on one device: that of the computation, or the host."""
+    """Activations on one device: that of the computation, or the host.
+
+    They are copied into buffers that are used again and again: some hundred tensors of a megabyte
+    that come and go among a batch's temporaries leave the heap full of holes. What `get` gives is
+    a view, valid until the next `put` under its name and batch, or its `forget`.
+    """
 
     def __init__(self, compute: torch.device, host: bool) -> None:
         self.place = "cpu" if host else "device"
         self._compute = compute
         self._kept_on = torch.device("cpu") if host else compute
-        self._tensors: dict[Key, tuple[Tensor, ...]] = {}
+        self._buffers: dict[Key, Tensor] = {}  # of bytes
+        self._shapes: dict[Key, tuple[Shape, ...]] = {}
+        self._free: list[Tensor] = []
 
     def put(self, name: str, batch: int, *tensors: Tensor) -> None:
-        self._tensors[name, batch] = tuple(t.to(self._kept_on).contiguous() for t in tensors)
+        key = (name, batch)
+        shapes = tuple((tensor.dtype, tuple(tensor.shape)) for tensor in tensors)
+        buffer = self._buffers.pop(key, None)
+        if buffer is None and self._free:
+            buffer = self._free.pop()
+        if buffer is None or buffer.numel() < _room(shapes):
+            buffer = torch.empty(_room(shapes), dtype=torch.uint8, device=self._kept_on)
+        self._buffers[key], self._shapes[key] = buffer, shapes
+        for kept, tensor in zip(_views(buffer, shapes), tensors, strict=True):
+            kept.copy_(tensor)
 
     def get(self, name: str, batch: int) -> tuple[Tensor, ...]:
-        return tuple(tensor.to(self._compute) for tensor in self._tensors[name, batch])
+        key = (name, batch)
+        views = _views(self._buffers[key], self._shapes[key])
+        return tuple(view.to(self._compute) for view in views)
 
     def forget(self, name: str, batch: int) -> None:
-        self._tensors.pop((name, batch), None)
+        if self._shapes.pop((name, batch), None) is not None:
+            self._free.append(self._buffers.pop((name, batch)))
 
     def close(self) -> None:
-        self._tensors.clear()
+        self._buffers.clear()
+        self._shapes.clear()
+        self._free.clear()
 
 
 class DiskStore:
@@ -176,3 +199,19 @@ class DiskStore:
 def _bytes(tensor: Tensor) -> Any:
     """The memory of a contiguous tensor on the host, as a NumPy array of bytes."""
     return tensor.flatten().view(torch.uint8).numpy()
+
+
+def _room(shapes: tuple[Shape, ...]) -> int:
+    """Bytes of a buffer for such tensors, each at a multiple of ALIGNMENT."""
+    sizes = (torch.Size(shape).numel() * dtype.itemsize for dtype, shape in shapes)
+    return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
+
+
+def _views(buffer: Tensor, shapes: tuple[Shape, ...]) -> tuple[Tensor, ...]:
+    """The tensors of such shapes that lie in a buffer of bytes."""
+    views, start = [], 0
+    for dtype, shape in shapes:
+        size = torch.Size(shape).numel() * dtype.itemsize
+        views.append(buffer[start : start + size].view(dtype).view(shape))
+        start += _room(((dtype, shape),))
+    return tuple(views)
