@@ -50,15 +50,18 @@ class ExpandedWeight:
 def expand(weight: PackedWeight) -> ExpandedWeight:
     """The operand of a packed weight; `gemm` with either gives the same bits."""
     columns = weight.words.shape[1] * CODES_PER_WORD
-    rows = max(1, ELEMENTS_AT_ONCE // columns)
     dtype = torch.int8 if weight.fmt.scheme == "w4a8" else torch.float32
-    words, device = weight.words, weight.words.device
-    operand = torch.empty(len(words), columns, dtype=dtype, device=device)
-    c = torch.empty(len(words), 1, device=device)
-    for start in range(0, len(words), rows):
+    rows = max(1, ELEMENTS_AT_ONCE // columns)
+    if rows >= len(weight.words):  # in decode as a rule, where a copy would double the time
+        product, c = kernel_operand(unpack_int4(weight.words), weight.scales, weight.fmt)
+        return ExpandedWeight(product.to(dtype), c, weight.fmt)
+    shape, device = (len(weight.words), columns), weight.words.device
+    operand = torch.empty(shape, dtype=dtype, device=device)
+    c = torch.empty(shape[0], 1, device=device)
+    for start in range(0, len(operand), rows):
         part = slice(start, start + rows)
-        product, unit = kernel_operand(unpack_int4(words[part]), weight.scales[part], weight.fmt)
-        operand[part], c[part] = product, unit
+        words, scales = weight.words[part], weight.scales[part]
+        operand[part], c[part] = kernel_operand(unpack_int4(words), scales, weight.fmt)
     return ExpandedWeight(operand, c, weight.fmt)
 
 
