@@ -35,6 +35,8 @@ group_size: 128
 passes:
   - compensate: {scales: absmax}
 """
+# Of the run's figures: long, or of this machine.
+LEFT_OUT = ("layers", "recipe", "ignored", "output", "command", "dry_run")
 INTERPRETER = """\
 import re, quant
 status = open("/proc/self/status").read()
@@ -114,7 +116,7 @@ def main() -> None:
         "address_space_limit_bytes": limit,
         "interpreter_address_space_bytes": space,
         "interpreter_resident_bytes": resident,
-        **{key: figures[key] for key in figures if key not in ("layers", "recipe", "ignored")},
+        **{key: figures[key] for key in figures if key not in LEFT_OUT},
     }
     out.print(result)
     if args.json:

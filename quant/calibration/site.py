@@ -27,6 +27,7 @@ DAMPING_GROWTH = 10.0
 # share of a block, so that they do not weigh against it, within what keeps a CPU or GPU busy.
 PART_OF_BLOCK = 1 / 32
 PART_ELEMENTS = (2**21, 2**24)
+ROUNDING_ELEMENTS = 2**20
 
 
 class SiteFailed(Exception):
@@ -123,11 +124,8 @@ def _choose(
         else:
             assert isinstance(step, CompensatePass)
             q = compensate(w, s, fmt, hessian, block_size=step.block_size)
-        absmax = choose_scales(w, fmt, "absmax")
-        lost_before = w - effective_weight(nearest_codes(w, absmax, fmt), absmax, fmt)
-        before = hessian.energy(lost_before)
-        del lost_before
-        after = hessian.energy(w - effective_weight(q, s, fmt))
+        before = hessian.energy(_lost_by_rounding(w, fmt))
+        after = hessian.energy(_lost(w, q, s, fmt))
         energies.append(torch.stack((hessian.energy(w), before, after), dim=1))
         words.append(pack_int4(q))
         scales.append(s)
@@ -145,6 +143,31 @@ def _choose(
         packed = PackedWeight(w.contiguous(), s.contiguous(), fmt)
         found.append(Quantized(packed, shares[0], shares[1], damping))
     return found
+
+
+def _lost(weight: Tensor, codes: Tensor, scales: Tensor, fmt: WeightFormat) -> Tensor:
+    """W - W^ [N, K]."""
+    lost = torch.empty_like(weight)
+    for rows in _rows_at_once(weight):
+        lost[rows] = weight[rows] - effective_weight(codes[rows], scales[rows], fmt)
+    return lost
+
+
+def _lost_by_rounding(weight: Tensor, fmt: WeightFormat) -> Tensor:
+    """W - W^ [N, K] for the nearest codes with absmax scales."""
+    lost = torch.empty_like(weight)
+    for rows in _rows_at_once(weight):
+        scales = choose_scales(weight[rows], fmt, "absmax")
+        codes = nearest_codes(weight[rows], scales, fmt)
+        lost[rows] = weight[rows] - effective_weight(codes, scales, fmt)
+    return lost
+
+
+def _rows_at_once(weight: Tensor) -> Iterator[slice]:
+    """Slices of rows whose temporaries (codes are searched as int64) stay small."""
+    step = max(1, ROUNDING_ELEMENTS // weight.shape[1])
+    for start in range(0, len(weight), step):
+        yield slice(start, start + step)
 
 
 def _parts(weights: Sequence[Tensor], elements: int) -> Iterator[Tensor]:
