@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,7 @@ def receive(*signals: signal.Signals) -> list[str]:
             on_progress(Progress("a", 0, 2))
             for number in signals:
                 signal.raise_signal(number)
+                time.sleep(0.01)  # the bars' thread may hold the interpreter when it arrives
                 lived.append("went on")
             on_progress(Progress("a", 1, 2))
             lived.append("ended")

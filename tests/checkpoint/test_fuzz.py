@@ -12,6 +12,7 @@ knows the place, and judges twice:
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import math
 import re
@@ -45,6 +46,8 @@ SECONDS = 2.0  # for a case; milliseconds are usual
 # which it does not see, is in the growth of the process over all cases.
 TRACED_BYTES, TRACED_TIMES, TRACED_EVERY = 512 << 10, 50, 25
 GROWTH_BYTES = 100 << 20
+# Errors with their tracebacks are cycles, which a process with much else in it seldom collects.
+COLLECTED_EVERY = 250
 
 Keys = tuple[str, ...]  # that lead to a field
 
@@ -170,6 +173,8 @@ def judge(
     """The property, with another content of one file. wanted: read or refused; None: either."""
     path = checkpoint.directory / file
     path.write_bytes(content)
+    if tally.cases % COLLECTED_EVERY == 0:
+        gc.collect()
     traced = tally.cases % TRACED_EVERY == 0
     if traced:
         tracemalloc.start()
