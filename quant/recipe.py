@@ -15,7 +15,6 @@ names the file, the key and the nearest valid one. Presets are the files of `rec
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 import types
 import typing
@@ -26,42 +25,22 @@ from typing import Any
 import yaml
 
 from quant.errors import RequestError
+from quant.passes import (
+    PASSES,
+    CompensatePass,
+    Pass,
+    RotatePass,
+    Rounding,
+    SmoothPass,
+    check_passes,
+    nearest,
+    one_of,
+    pass_name,
+    require,
+)
 from quant_kernels.formats import NUMERICS, FormatError, WeightFormat
 
-SCALE_SEARCHES = ("absmax", "mse", "hessian")
 DEFAULT_PRESET = "gptq"
-
-
-@dataclass(frozen=True)
-class RoundPass:
-    """Round to nearest on the format's true grid (RTN): the baseline."""
-
-    scales: str = "absmax"
-
-    def check(self) -> None:
-        _one_of("scales", self.scales, SCALE_SEARCHES)
-
-
-@dataclass(frozen=True)
-class CompensatePass:
-    """Hessian compensation (GPTQ) on the format's true grid; see `calibration/compensation.py`."""
-
-    scales: str = "hessian"
-    damping: float = 0.01
-    act_order: bool = True
-    block_size: int = 128
-
-    def check(self) -> None:
-        _one_of("scales", self.scales, SCALE_SEARCHES)
-        _require(0 < self.damping <= 1, f"damping is {self.damping}; it must be in (0, 1]")
-        _require(self.block_size > 0, f"block_size is {self.block_size}; it must be positive")
-
-
-Pass = RoundPass | CompensatePass
-PASSES: dict[str, type[RoundPass] | type[CompensatePass]] = {
-    "round": RoundPass,
-    "compensate": CompensatePass,
-}
 
 
 @dataclass(frozen=True)
@@ -74,16 +53,16 @@ class Calibration:
     seed: int = 0
 
     def check(self) -> None:
-        _require(bool(self.dataset), "dataset is empty")
-        _require(
+        require(bool(self.dataset), "dataset is empty")
+        require(
             self.num_calibration_samples > 0,
             f"num_calibration_samples is {self.num_calibration_samples}; it must be positive",
         )
-        _require(
+        require(
             self.max_seq_length > 1,
             f"max_seq_length is {self.max_seq_length}; it must be at least 2",
         )
-        _require(self.seed >= 0, f"seed is {self.seed}; it must not be negative")
+        require(self.seed >= 0, f"seed is {self.seed}; it must not be negative")
 
 
 @dataclass(frozen=True)
@@ -96,19 +75,28 @@ class Recipe:
     passes: tuple[Pass, ...] = (CompensatePass(),)
 
     def check(self) -> None:
-        _one_of("scheme", self.scheme, tuple(NUMERICS))
+        one_of("scheme", self.scheme, tuple(NUMERICS))
         self.calibration.check()
-        _require(
-            len(self.passes) == 1, f"{len(self.passes)} passes; exactly one rounds the weights"
-        )
-        for step in self.passes:
-            step.check()
+        check_passes(self.passes)
         for pattern in self.ignore:
             _check_pattern(pattern)
         try:
             _ = self.weight_format
         except FormatError as error:
             raise RequestError(str(error)) from error
+
+    @property
+    def rounding(self) -> Rounding:
+        """The pass that chooses the codes."""
+        return next(step for step in self.passes if isinstance(step, Rounding))
+
+    @property
+    def rotate(self) -> RotatePass | None:
+        return next((step for step in self.passes if isinstance(step, RotatePass)), None)
+
+    @property
+    def smooth(self) -> SmoothPass | None:
+        return next((step for step in self.passes if isinstance(step, SmoothPass)), None)
 
     @property
     def weight_format(self) -> WeightFormat:
@@ -123,7 +111,7 @@ class Recipe:
             "numerics": self.weight_format.numerics,
             "ignore": list(self.ignore),
             "calibration": dataclasses.asdict(self.calibration),
-            "passes": [{_pass_name(step): dataclasses.asdict(step)} for step in self.passes],
+            "passes": [{pass_name(step): _options(step)} for step in self.passes],
         }
 
     def override(self, **changes: Any) -> Recipe:
@@ -139,7 +127,7 @@ class Recipe:
         for key in own:
             if key not in known:
                 raise RequestError(
-                    f"unknown option {key!r}; known: {', '.join(known)}{_nearest(key, known)}"
+                    f"unknown option {key!r}; known: {', '.join(known)}{nearest(key, known)}"
                 )
         if "ignore" in own:
             own["ignore"] = _strings(own["ignore"], "options", "ignore")
@@ -169,9 +157,9 @@ def load_recipe(name: str) -> Recipe:
     if path.suffix not in (".yaml", ".yml") and name in known:
         path = known[name]
     elif not path.is_file():
-        nearest = _nearest(name, list(known))
         raise RequestError(
-            f"recipe {name!r} is no file and no preset; presets: {', '.join(known)}{nearest}"
+            f"recipe {name!r} is no file and no preset; presets: {', '.join(known)}"
+            + nearest(name, list(known))
         )
     try:
         text = path.read_text(encoding="utf-8")
@@ -227,13 +215,19 @@ def _passes(value: Any, where: str) -> tuple[Pass, ...]:
             raise RequestError(f"{where}: every entry of passes is one `name: {{options}}`")
         name, section = next(iter(options.items()))
         if name not in PASSES:
-            nearest = _nearest(str(name), list(PASSES))
             raise RequestError(
-                f"{where}: pass {name!r} is unknown; known: {', '.join(PASSES)}{nearest}"
+                f"{where}: pass {name!r} is unknown; known: {', '.join(PASSES)}"
+                + nearest(str(name), list(PASSES))
             )
         section = _mapping({} if section is None else section, where, str(name))
         found.append(_build(PASSES[name], section, where, f"passes.{name}"))
     return tuple(found)
+
+
+def _options(step: Pass) -> dict[str, Any]:
+    """A pass's options as plain data."""
+    options = dataclasses.asdict(step)
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
 
 
 def _build(cls: type[Any], values: dict[str, Any], where: str, section: str) -> Any:
@@ -242,11 +236,14 @@ def _build(cls: type[Any], values: dict[str, Any], where: str, section: str) -> 
     fields = [f.name for f in dataclasses.fields(cls)]
     for key, value in values.items():
         if key not in fields:
-            nearest = _nearest(str(key), fields)
             raise RequestError(
-                f"{where}: unknown key {key!r} in {section}; known: {', '.join(fields)}{nearest}"
+                f"{where}: unknown key {key!r} in {section}; known: {', '.join(fields)}"
+                + nearest(str(key), fields)
             )
         wanted = hints[key]
+        if wanted == tuple[str, ...] and section.startswith("passes."):
+            values = {**values, key: _strings(value, where, f"{section}.{key}")}
+            continue
         if isinstance(wanted, types.GenericAlias) or dataclasses.is_dataclass(wanted):
             continue  # built by the caller, and so already of the right type
         if wanted is float and isinstance(value, int) and not isinstance(value, bool):
@@ -282,26 +279,5 @@ def _strings(value: Any, where: str, key: str) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _pass_name(step: Pass) -> str:
-    return next(name for name, cls in PASSES.items() if type(step) is cls)
-
-
-def _nearest(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
 def _kind(value: Any) -> str:
     return "nothing" if value is None else type(value).__name__
-
-
-def _one_of(key: str, value: str, known: tuple[str, ...]) -> None:
-    _require(
-        value in known,
-        f"{key} {value!r} is unknown; known: {', '.join(known)}{_nearest(value, list(known))}",
-    )
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise RequestError(message)

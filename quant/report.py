@@ -18,8 +18,9 @@ class LayerReport:
 
     error_before / error_after: tr((W - W^) H (W - W^)^T) / tr(W H W^T), the share of the output's
     energy that rounding loses on the calibration tokens: round-to-nearest with absmax scales, and
-    what the recipe made of it. damping: None where no Hessian was factored. seconds: this linear's
-    share of its site's time; not in a checkpoint's report file, so equal runs write equal bytes.
+    what the recipe made of it. damping: None where no Hessian was factored. smoothing: what was
+    chosen for its site, empty where nothing was to be. seconds: this linear's share of its site's
+    time; not in a checkpoint's report file, so equal runs write equal bytes.
     """
 
     name: str
@@ -31,6 +32,7 @@ class LayerReport:
     error_before: float
     error_after: float
     damping: float | None
+    smoothing: str = ""
     seconds: float | None = None
 
 

@@ -55,6 +55,10 @@ KINDS = {
     "llama-biases": Kind("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama-tied": Kind("llama", {"tie_word_embeddings": True}),
     "llama-mha": Kind("llama", {"num_key_value_heads": 4}),
+    # Three query heads share a KV head, and the residual stream's width is no power of two.
+    "llama-gqa3": Kind(
+        "llama", {"hidden_size": 384, "num_attention_heads": 12, "num_key_value_heads": 4}
+    ),
     "llama-linear-rope": Kind(
         "llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}
     ),

@@ -7,12 +7,11 @@ import yaml
 
 from quant.calibration.quantize import quantize
 from quant.errors import RequestError
+from quant.passes import CompensatePass, RoundPass
 from quant.recipe import (
     DEFAULT_PRESET,
     Calibration,
-    CompensatePass,
     Recipe,
-    RoundPass,
     load_recipe,
     parse_recipe,
     presets,
@@ -142,8 +141,8 @@ def test_wrong_types_name_the_file_the_key_and_both_types(text, message):
         ("calibration: {max_seq_length: 1}", "max_seq_length is 1; it must be at least 2"),
         ("calibration: {seed: -1}", "seed is -1; it must not be negative"),
         ("calibration: {dataset: ''}", "dataset is empty"),
-        ("passes: []", "0 passes; exactly one"),
-        ("passes: [round, compensate]", "2 passes; exactly one"),
+        ("passes: []", "none: 0 of them round the weights"),
+        ("passes: [round, compensate]", "round, compensate: 2 of them round the weights"),
         ("passes: [{compensate: {damping: 0}}]", "damping is 0.0; it must be in (0, 1]"),
         ("passes: [{compensate: {damping: 1.5}}]", "damping is 1.5; it must be in (0, 1]"),
         ("passes: [{compensate: {damping: .nan}}]", "damping is nan; it must be in (0, 1]"),

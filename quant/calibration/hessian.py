@@ -63,6 +63,17 @@ class InputHessian:
             self._matrix[start : start + STRIP, start:] /= self._tokens
         self._diagonal = self._matrix.diagonal().clone()
 
+    def rescale(self, s: Tensor, noise: Tensor) -> None:
+        """Become the Hessian of x / s, s [K], plus independent errors of variance noise [K]."""
+        self._restore()
+        self._permute(torch.arange(len(s), device=s.device))
+        self._factorized = False
+        for start in range(0, len(self._matrix), STRIP):
+            strip = self._matrix[start : start + STRIP]
+            strip.div_(s).div_(s[start : start + STRIP].unsqueeze(1))
+        self._diagonal = self._diagonal / s.square() + noise
+        self._matrix.diagonal().copy_(self._diagonal)
+
     @property
     def tokens(self) -> int:
         return self._tokens
@@ -71,6 +82,14 @@ class InputHessian:
     def second_moments(self) -> Tensor:
         """mean(x[k]^2) [K], the diagonal of H, in the channels' natural order."""
         return self._diagonal
+
+    @property
+    def pivots(self) -> Tensor:
+        """[K]: L[p, p]^2 of every channel, in natural order: what is left of its second moment when
+        the channels that are rounded after it are known. Compensation pays this for an error."""
+        found = torch.empty_like(self._diagonal)
+        found[self._order] = self.factor.diagonal().square()
+        return found
 
     @property
     def order(self) -> Tensor:

@@ -6,9 +6,14 @@ activations that have passed through everything quantized before it, as the kern
 them.
 
 Between two sites the inputs wait in a store: as codes and scales, which is what the kernels see of
-them, or dense where a linear of the site stays as it is. The residual stream waits beside them, one
-version per block: `hidden-00003` is what enters block 3. Memory holds the weights of one block, as
-stored (parts of a site's in FP32 when it is its turn), one Hessian, and a batch.
+them, or dense (`inputs.py`). The residual stream waits beside them, one version per block:
+`hidden-00003` is what enters block 3.
+Memory holds the weights of one block, as stored (in FP32 where they were rotated; parts of a site's
+when it is its turn), one Hessian, and a batch.
+
+What stays unquantized is brought to the type that it will be stored in before anything is computed
+from it, so that the tokens that pass a finished block again, when a run is resumed, take its
+tensors from the output and see the same numbers.
 """
 
 from __future__ import annotations
@@ -22,8 +27,17 @@ from torch import Tensor
 
 from quant.architectures import EMBEDDING, LINEARS, SITES, DecoderConfig, block_prefix
 from quant.calibration.activations import ActivationStore, Shape
+from quant.calibration.folding import fold, folded_scale, shared_by
 from quant.calibration.hessian import InputHessian
+from quant.calibration.inputs import SiteInputs
+from quant.calibration.rotation import NORM_OF, Rotation, make_rotation
 from quant.calibration.site import MAX_ERROR, SiteFailed, part_elements, quantize_site
+from quant.calibration.smoothing import (
+    Site,
+    SiteSample,
+    activation_noise,
+    choose_smoothing,
+)
 from quant.checkpoint.reader import CheckpointReader
 from quant.decoder import (
     Linear,
@@ -34,7 +48,8 @@ from quant.decoder import (
     rotary_table,
     site_outputs,
 )
-from quant.recipe import Pass
+from quant.passes import CompensatePass
+from quant.recipe import Recipe
 from quant.report import LayerReport, OnProgress, Progress, ignore_progress
 from quant.schemes import LayerPlan
 from quant_kernels import reference
@@ -45,7 +60,11 @@ from quant_kernels.packing import PackedWeight
 TOKENS_AT_ONCE = 8192
 BATCH_OF_BLOCK = 1 / 16
 BATCH_BYTES = 4 * 2**20
-INPUTS = "inputs"
+# Tokens that the search for smoothing scales sees, in whole windows.
+SMOOTHING_TOKENS = 1024
+DEFAULT_DAMPING = 0.01
+# Of the inputs of a site that is to be smoothed, while they wait.
+WAITING = torch.bfloat16
 
 
 @dataclass(frozen=True)
@@ -80,19 +99,20 @@ def windows_at_once(cfg: DecoderConfig, length: int) -> int:
 class BlockPipeline:
     """Calibration tokens on their way through the blocks.
 
-    windows [n, S]: token ids. rewindable: keep what entered a block until `leave` says that it is
-    finished, so that it can be quantized again.
+    windows [n, S]: token ids. dtype: of what stays unquantized; None: as stored. rewindable: keep
+    what entered a block until `leave` says that it is finished, so that it can be quantized again.
     """
 
     def __init__(
         self,
         reader: CheckpointReader,
         plan: Mapping[str, LayerPlan],
-        step: Pass,
+        recipe: Recipe,
         windows: Tensor,
         store: ActivationStore,
         device: torch.device,
         *,
+        dtype: torch.dtype | None = None,
         max_error: float = MAX_ERROR,
         rewindable: bool = False,
         on_progress: OnProgress = ignore_progress,
@@ -102,8 +122,14 @@ class BlockPipeline:
         self.store = store
         self._reader = reader
         self._cfg = cfg = reader.config
-        self._step = step
+        self._rounding = recipe.rounding
+        self._smoothing = recipe.smooth
+        self.rotation = Rotation(None, None)
+        if recipe.rotate is not None:
+            self.rotation = make_rotation(recipe.rotate, cfg, device)
+        self._dtype = dtype
         self._batches = windows.split(windows_at_once(cfg, windows.shape[1]))
+        self._inputs = SiteInputs(store, len(self._batches))
         self.device = device
         self._max_error = max_error
         self._rewindable = rewindable
@@ -118,7 +144,8 @@ class BlockPipeline:
             used, place = batch.unique(return_inverse=True)
             # Only the rows that occur: the whole table may be larger than a block.
             rows = torch.cat([self._reader.rows(name, row, row + 1) for row in used.tolist()])
-            hidden = rows.to(self.device, torch.float32)[place.to(self.device)]
+            rows = self.rotation.rows(rows.to(self.device)).to(self._dtype or rows.dtype)
+            hidden = rows.float()[place.to(self.device)]
             self.store.put(hidden_name(0), i, hidden)
 
     def hidden_shapes(self) -> list[Shape]:
@@ -134,7 +161,6 @@ class BlockPipeline:
     def quantize(self, layer: int) -> QuantizedBlock:
         """Quantize a block, and let the tokens through it. Raises SiteFailed."""
         started = time.perf_counter()
-        prefix = block_prefix(layer)
         block = self._read(layer)
         if layer + 1 < self._cfg.num_layers:
             following = block_prefix(layer + 1)
@@ -145,53 +171,146 @@ class BlockPipeline:
         self.seconds.weights += time.perf_counter() - started
         self._enter(layer, block)
         for site in SITES:
-            names = self._planned(layer, site)
-            if names:
-                hessian = self._hessian(layer, site)
-                started = time.perf_counter()
-                full = [prefix + name for name in names]
-                weights = [block[f"{name}.weight"].to(self.device) for name in names]
-                fmt = self.plan[full[0]].fmt
-                assert fmt is not None
-                found = quantize_site(
-                    full,
-                    weights,
-                    fmt,
-                    self._step,
-                    hessian,
-                    max_error=self._max_error,
-                    elements=elements,
-                )
-                seconds = time.perf_counter() - started
-                self.seconds.weights += seconds
-                size = sum(weight.numel() for weight in weights)
-                for name, row in zip(names, found, strict=True):
-                    packed[name] = row.weight
-                    plan = self.plan[prefix + name]
-                    share = block.pop(f"{name}.weight").numel() / size
-                    rows.append(
-                        LayerReport(
-                            name=plan.name,
-                            shape=plan.shape,
-                            scheme=fmt.scheme,
-                            group_size=fmt.group_size,
-                            numerics=fmt.numerics,
-                            bits_per_weight=plan.bits_per_weight,
-                            error_before=row.error_before,
-                            error_after=row.error_after,
-                            damping=row.damping,
-                            seconds=seconds * share,
-                        )
-                    )
-                del hessian, weights, found
+            if self._planned(layer, site):
+                rows += self._quantize_site(layer, site, block, packed, elements)
             self._pass(layer, site, block, packed)
         return QuantizedBlock(packed, block, tuple(rows))
 
-    def forward(self, layer: int, packed: Mapping[str, PackedWeight]) -> None:
-        """Let the tokens through a block that is quantized already."""
-        block = self._read(layer, without=[f"{name}.weight" for name in packed])
+    def _quantize_site(
+        self,
+        layer: int,
+        site: str,
+        block: dict[str, Tensor],
+        packed: dict[str, PackedWeight],
+        elements: int,
+    ) -> list[LayerReport]:
+        """Quantize a site: its linears move from block to packed."""
+        prefix, names = block_prefix(layer), self._planned(layer, site)
+        fmt = self.plan[prefix + names[0]].fmt
+        assert fmt is not None
+        hessian, amax = self._hessian(layer, site)
+        started = time.perf_counter()
+        chosen = ""
+        if self._smooths(site):
+            chosen = self._smooth(layer, site, block, packed, hessian, amax)
+        full = [prefix + name for name in names]
+        weights = [block[f"{name}.weight"].to(self.device) for name in names]
+        found = quantize_site(
+            full,
+            weights,
+            fmt,
+            self._rounding,
+            hessian,
+            max_error=self._max_error,
+            elements=elements,
+        )
+        seconds = time.perf_counter() - started
+        self.seconds.weights += seconds
+        size = sum(weight.numel() for weight in weights)
+        rows = []
+        for name, row in zip(names, found, strict=True):
+            packed[name] = row.weight
+            plan = self.plan[prefix + name]
+            share = block.pop(f"{name}.weight").numel() / size
+            rows.append(
+                LayerReport(
+                    name=plan.name,
+                    shape=plan.shape,
+                    scheme=fmt.scheme,
+                    group_size=fmt.group_size,
+                    numerics=fmt.numerics,
+                    bits_per_weight=plan.bits_per_weight,
+                    error_before=row.error_before,
+                    error_after=row.error_after,
+                    damping=row.damping,
+                    smoothing=chosen,
+                    seconds=seconds * share,
+                )
+            )
+        return rows
+
+    def _smooths(self, site: str) -> bool:
+        return self._smoothing is not None and site in self._smoothing.sites
+
+    def _smooth(
+        self,
+        layer: int,
+        site: str,
+        block: dict[str, Tensor],
+        packed: dict[str, PackedWeight],
+        hessian: InputHessian,
+        amax: Tensor,
+    ) -> str:
+        """Choose the site's scales, fold them, and let the waiting inputs and the Hessian follow.
+
+        Weights in block and the producer's rows, wherever they are, are changed.
+        """
+        assert self._smoothing is not None
+        cfg, prefix = self._cfg, block_prefix(layer)
+        names = SITES[site]
+        fmt = self.plan[prefix + self._planned(layer, site)[0]].fmt
+        assert fmt is not None
+        windows = self._inputs.sample(SMOOTHING_TOKENS)
+        tokens, shape = windows.flatten(0, 1), windows.shape[:2]
+        found = Site(
+            weights=[block[f"{name}.weight"].to(self.device) for name in names],
+            fmt=fmt,
+            sample=SiteSample(tokens, amax),
+            hessian=hessian,
+            function=lambda outputs: self._function(layer, site, block, outputs, shape),
+            shared=shared_by(cfg, site),
+            head_dim=cfg.head_dim,
+        )
+        rounding = self._rounding
+        damping = rounding.damping if isinstance(rounding, CompensatePass) else DEFAULT_DAMPING
+        s, label = choose_smoothing(found, self._smoothing, damping)
+        if label != "none":
+            s = fold(cfg, site, block, packed, s)
+            for name in names:
+                key = f"{name}.weight"
+                weight = block[key].to(self.device)
+                planned = self.plan[prefix + name].fmt is not None
+                block[key] = (weight.float() * s).to(torch.float32 if planned else weight.dtype)
+            self._inputs.divisor = s
+        else:
+            s = torch.ones_like(s)
+        hessian.rescale(s, activation_noise(tokens / s, fmt))
+        return label
+
+    def _function(
+        self,
+        layer: int,
+        site: str,
+        block: Mapping[str, Tensor],
+        outputs: Sequence[Tensor],
+        shape: Sequence[int],
+    ) -> Tensor:
+        """What a site computes of its linears' outputs, [B * S, N] each."""
+        if site not in NORM_OF:  # the residual stream takes it as it is
+            return outputs[0]
+        cfg = self._cfg
+        attend = causal_attention(cfg.sliding_windows[layer])
+        windows = [
+            y + block[f"{name}.bias"].float() if cfg.has_bias(name) else y
+            for name, y in zip(SITES[site], outputs, strict=True)
+        ]
+        windows = [y.unflatten(0, tuple(shape)) for y in windows]
+        return advance(cfg, block, site, windows[0], windows, self._rope, attend)[1]
+
+    def forward(
+        self, layer: int, packed: Mapping[str, PackedWeight], kept: Mapping[str, Tensor]
+    ) -> None:
+        """Let the tokens through a finished block; packed and kept: see `QuantizedBlock`."""
+        block = {name: tensor.to(self.device) for name, tensor in kept.items()}
+        divisors: dict[str, Tensor | None] = dict.fromkeys(SITES)
+        for site in (site for site in NORM_OF if self._smooths(site)):
+            # As the run did that finished it: the norm as it was, and its outputs divided.
+            norm = self._norm(layer, NORM_OF[site])
+            divisors[site] = folded_scale(norm, block[NORM_OF[site]])
+            block[NORM_OF[site]] = norm
         self._enter(layer, block)
         for site in SITES:
+            self._inputs.divisor = divisors[site]
             self._pass(layer, site, block, packed)
         self.leave(layer)
 
@@ -200,15 +319,28 @@ class BlockPipeline:
         for i in range(len(self._batches)):
             self.store.forget(hidden_name(layer), i)
 
-    def _read(self, layer: int, without: Sequence[str] = ()) -> dict[str, Tensor]:
-        """The block's tensors, as stored; on the device, but for the linears' weights."""
+    def _read(self, layer: int) -> dict[str, Tensor]:
+        """The block's tensors, rotated; on the device, but for the linears' weights as stored."""
+        stored = self._reader.read_block(layer, list(self._cfg.block_shapes()))
+        types = {name: self._dtype or tensor.dtype for name, tensor in stored.items()}
+        rotates = self.rotation.residual is not None or self.rotation.head is not None
+        if rotates:
+            stored = {name: tensor.to(self.device) for name, tensor in stored.items()}
+            self.rotation.block(self._cfg, stored)
+        planned = {f"{name}.weight" for site in SITES for name in self._planned(layer, site)}
         linears = {f"{name}.weight" for name in LINEARS}
-        names = [name for name in self._cfg.block_shapes() if name not in without]
-        stored = self._reader.read_block(layer, names)
-        return {
-            name: tensor if name in linears else tensor.to(self.device)
-            for name, tensor in stored.items()
-        }
+        block = {}
+        for name, tensor in stored.items():
+            kept = tensor if name in planned else tensor.to(types[name])
+            block[name] = kept if name in linears else kept.to(self.device)
+        return block
+
+    def _norm(self, layer: int, name: str) -> Tensor:
+        """A norm's weight as it is before anything is folded into it, but a rotation."""
+        stored = self._reader.read(block_prefix(layer) + name).to(self.device)
+        if self.rotation.residual is not None:
+            stored = torch.ones_like(stored)
+        return stored.to(self._dtype or stored.dtype)
 
     def _planned(self, layer: int, site: str) -> list[str]:
         """The linears of a site to quantize, by name inside the block."""
@@ -230,33 +362,42 @@ class BlockPipeline:
         self.seconds.tokens += time.perf_counter() - started
 
     def _keep(self, layer: int, site: str, i: int, x: Tensor) -> None:
-        """Store a site's input x [B, S, K] as its linears will see it."""
+        """Store a site's input x [B, S, K] as its linears will see it, or as it is."""
         planned = self._planned(layer, site)
-        if len(planned) < len(SITES[site]):
-            self.store.put(INPUTS, i, x)
-            return
-        fmt = self.plan[block_prefix(layer) + planned[0]].fmt
-        assert fmt is not None
-        self.store.put(INPUTS, i, *reference.quantize_activation(x.flatten(0, 1), fmt.activation))
+        if planned and self._smooths(site):
+            self._inputs.put(i, x, WAITING)
+        elif len(planned) < len(SITES[site]):
+            self._inputs.put(i, x, torch.float32)
+        else:
+            fmt = self.plan[block_prefix(layer) + planned[0]].fmt
+            assert fmt is not None
+            self._inputs.put_quantized(i, x, fmt.activation)
 
-    def _hessian(self, layer: int, site: str) -> InputHessian:
-        """H = X^T X / T over the inputs as the kernel sees them (quantized)."""
+    def _hessian(self, layer: int, site: str) -> tuple[InputHessian, Tensor]:
+        """H = X^T X / T, and max|x| [K], over the inputs as the kernel sees them (quantized).
+
+        Those of a site that is to be smoothed are not quantized yet.
+        """
         started = time.perf_counter()
         prefix = block_prefix(layer)
         names = self._planned(layer, site)
         plan = self.plan[prefix + names[0]]
         assert plan.fmt is not None
         hessian = InputHessian(plan.shape[1], self.device)
+        amax = torch.zeros(plan.shape[1], device=self.device)
         broken = 0
         for i in range(len(self._batches)):
             self._tick(layer, site)
-            inputs = self.store.get(INPUTS, i)
-            if len(inputs) == 1:
-                x = inputs[0].flatten(0, 1)
-                inputs = reference.quantize_activation(x, plan.fmt.activation)
-            # A token with a NaN or Inf anywhere has no finite scale.
-            broken += int((~torch.isfinite(inputs[1])).sum())
-            hessian.add(reference.dequantize_activation(*inputs))
+            if self._smooths(site):
+                x = self._inputs.dense(i).flatten(0, 1)
+                amax = torch.maximum(amax, x.abs().amax(dim=0))
+                broken += int((~torch.isfinite(x).all(dim=1)).sum())
+            else:
+                codes, scale = self._inputs.quantized(i, plan.fmt.activation)
+                # A token with a NaN or Inf anywhere has no finite scale.
+                broken += int((~torch.isfinite(scale)).sum())
+                x = reference.dequantize_activation(codes, scale)
+            hessian.add(x)
         if broken:
             raise SiteFailed(
                 [prefix + name for name in names],
@@ -264,7 +405,7 @@ class BlockPipeline:
             )
         hessian.finish()
         self.seconds.tokens += time.perf_counter() - started
-        return hessian
+        return hessian, amax
 
     def _pass(
         self,
@@ -299,12 +440,11 @@ class BlockPipeline:
         before = layer if site == "o" else layer + 1
         for i, batch in enumerate(self._batches):
             self._tick(layer, site)
-            inputs = self.store.get(INPUTS, i)
             if all_packed:
-                codes, scale = inputs
+                codes, scale = self._inputs.quantized(i, packed[names[0]].fmt.activation)
                 outputs = packed_outputs(expanded, codes, scale, batch.shape, torch.float32)
             else:
-                outputs = site_outputs(linears, inputs[0])
+                outputs = site_outputs(linears, self._inputs.dense(i))
             hidden = self.store.get(hidden_name(before), i)[0] if adds else outputs[0]
             hidden, x = advance(cfg, block, site, hidden, outputs, self._rope, attend)
             if adds:

@@ -104,7 +104,10 @@ def make_plan(
     reader.check_dense()
     cfg = reader.config
     layers = plan_layers(cfg, recipe)
+    untie = recipe.rotate is not None and recipe.rotate.residual and cfg.tie_word_embeddings
     tensors = _output_tensors(reader, layers, dtype)
+    if untie:
+        tensors[f"{LM_HEAD}.weight"] = tensors[f"{EMBEDDING}.weight"]
     calibration = recipe.calibration
     length = calibration.max_seq_length
     tokens = calibration.num_calibration_samples * length
@@ -118,7 +121,9 @@ def make_plan(
     quantizing = 4 * widest**2 + PART_COPIES * 4 * part_elements(elements)
     computing = 4 * largest_site + BATCH_COPIES * batch
     hidden = 4 * tokens * cfg.hidden_size
-    inputs = tokens * max(_input_bytes(layers, block_prefix(i)) for i in range(cfg.num_layers))
+    inputs = tokens * max(
+        _input_bytes(layers, block_prefix(i), recipe) for i in range(cfg.num_layers)
+    )
     held = hidden * (2 if rewindable else 1) + inputs
     size = header_bytes(tensors) + sum(
         torch.Size(shape).numel() * DTYPES[kind].itemsize for kind, shape in tensors.values()
@@ -168,14 +173,19 @@ def _place(plan: RunPlan, offload: str, device: torch.device) -> str:
     return "cpu" if needed <= HOST_SHARE * available_bytes() else "disk"
 
 
-def _input_bytes(layers: dict[str, LayerPlan], prefix: str) -> int:
+def _input_bytes(layers: dict[str, LayerPlan], prefix: str, recipe: Recipe) -> int:
     """Bytes a token of the widest inputs of a block's sites, as the store keeps them."""
     widest = 0
-    for names in SITES.values():
+    smoothed = recipe.smooth.sites if recipe.smooth is not None else ()
+    for site, names in SITES.items():
         plans = [layers[prefix + name] for name in names]
         columns = plans[0].shape[1]
         all_packed = all(plan.fmt is not None for plan in plans)
-        widest = max(widest, columns + 4 if all_packed else 4 * columns)
+        if site in smoothed and any(plan.fmt is not None for plan in plans):
+            size = 2 * columns
+        else:
+            size = columns + 4 if all_packed else 4 * columns
+        widest = max(widest, size)
     return widest
 
 

@@ -187,10 +187,11 @@ def quantize(
         pipeline = BlockPipeline(
             reader,
             {row.name: row for row in planned.layers},
-            recipe.passes[0],
+            recipe,
             windows,
             store,
             options.device,
+            dtype=options.dtype,
             max_error=options.max_error,
             rewindable=options.rewindable or planned.activation_place == "disk",
             on_progress=on_progress,
@@ -253,10 +254,11 @@ def _estimate_seconds(
         pipeline = BlockPipeline(
             reader,
             {row.name: row for row in planned.layers},
-            planned.recipe.passes[0],
+            planned.recipe,
             few,
             MemoryStore(options.device, host=False),
             options.device,
+            dtype=options.dtype,
             max_error=math.inf,
             on_progress=lambda p: on_progress(Progress("measure a block", p.done, len(SITES))),
         )
@@ -465,6 +467,8 @@ def _write_texts(
     if dtype is not None:
         config.pop("torch_dtype", None)
         config["dtype"] = str(dtype).removeprefix("torch.")
+    if recipe.rotate is not None and recipe.rotate.residual:
+        config["tie_word_embeddings"] = False
     writer.write_json("config.json", config)
     side = {
         "format_version": SIDE_VERSION,

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from quant.calibration.grid import CELLS_PER_UNIT, E4M3_MANTISSAS, LAST_CELL, cell_tables
-from quant.recipe import SCALE_SEARCHES
+from quant.passes import SCALE_SEARCHES
 from quant_kernels.formats import (
     CODE_MAX,
     CODE_MIN,

@@ -16,7 +16,7 @@ from torch import Tensor
 from quant.calibration.compensation import compensate
 from quant.calibration.hessian import LARGEST_DAMPING, InputHessian, NotPositiveDefinite
 from quant.calibration.scales import choose_scales
-from quant.recipe import CompensatePass, Pass
+from quant.passes import CompensatePass, Rounding
 from quant_kernels.formats import WeightFormat, effective_weight, nearest_codes
 from quant_kernels.packing import PackedWeight, pack_int4
 
@@ -63,7 +63,7 @@ def quantize_site(
     names: Sequence[str],
     weights: Sequence[Tensor],
     fmt: WeightFormat,
-    step: Pass,
+    step: Rounding,
     hessian: InputHessian,
     *,
     max_error: float = MAX_ERROR,
@@ -109,7 +109,7 @@ def _within(names: Sequence[str], found: list[Quantized], max_error: float) -> l
 def _choose(
     weights: Sequence[Tensor],
     fmt: WeightFormat,
-    step: Pass,
+    step: Rounding,
     hessian: InputHessian,
     damping: float | None,
     elements: int,

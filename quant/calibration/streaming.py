@@ -9,7 +9,7 @@ through the finished blocks again, which computes the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant.architectures import EMBEDDING, FINAL_NORM, LM_HEAD, SITES, block_prefix
+from quant.architectures import EMBEDDING, FINAL_NORM, LINEARS, LM_HEAD, SITES, block_prefix
 from quant.calibration.activations import DiskStore
 from quant.calibration.pipeline import BlockPipeline, QuantizedBlock, hidden_name
 from quant.calibration.plan import RunPlan
@@ -66,7 +66,7 @@ def quantize_blocks(run: Run) -> tuple[list[LayerReport], list[SkippedLayers]]:
     for item in skipped:
         pipeline.leave_alone(item.names)
     if not journal.parts:
-        entry = _copy(run, f"{EMBEDDING}.weight")
+        entry = _copy(run, EMBEDDING, EMBEDDING)
         run.writer.shards.sync()
         journal.append(Part(EMBEDDING_PART, (entry,)))
     first = journal.blocks
@@ -108,9 +108,10 @@ def quantize_blocks(run: Run) -> tuple[list[LayerReport], list[SkippedLayers]]:
 
 def write_outer(run: Run) -> None:
     """The tensors after the blocks: the final norm, and a head of its own."""
-    for module in (FINAL_NORM, LM_HEAD):
-        if f"{module}.weight" in run.plan.tensors:
-            _copy(run, f"{module}.weight")
+    _copy(run, FINAL_NORM, FINAL_NORM)
+    if f"{LM_HEAD}.weight" in run.plan.tensors:
+        tied = run.reader.config.tie_word_embeddings
+        _copy(run, LM_HEAD, EMBEDDING if tied else LM_HEAD)
 
 
 def _quantize(run: Run, layer: int) -> tuple[QuantizedBlock, list[SkippedLayers]]:
@@ -139,19 +140,27 @@ def _take_up(run: Run, first: int) -> None:
         store.adopt(hidden_name(first), pipeline.hidden_shapes())
         return
     pipeline.embed()
-    by_name = {entry.name: entry for entry in journal.entries}
     for layer in range(first):
-        prefix = block_prefix(layer)
-        packed = {}
-        for name in (name for names in SITES.values() for name in names):
-            fmt = pipeline.plan[prefix + name].fmt
-            if fmt is not None:
-                words, scales = (
-                    run.writer.shards.read(by_name[f"{prefix}{name}.{suffix}"]).to(pipeline.device)
-                    for suffix in ("weight_packed", "weight_scale")
-                )
-                packed[name] = PackedWeight(words, scales, fmt)
-        pipeline.forward(layer, packed)
+        pipeline.forward(layer, *_finished(run, layer))
+
+
+def _finished(run: Run, layer: int) -> tuple[dict[str, PackedWeight], dict[str, Tensor]]:
+    """What became of a block: packed linears, and what stays, by name inside the block."""
+    pipeline, prefix = run.pipeline, block_prefix(layer)
+    entries = {entry.name: entry for entry in run.journal.entries}
+
+    def read(name: str) -> Tensor:
+        return run.writer.shards.read(entries[prefix + name]).to(pipeline.device)
+
+    packed = {}
+    for name in LINEARS:
+        fmt = pipeline.plan[prefix + name].fmt
+        if fmt is not None:
+            words, scales = read(f"{name}.weight_packed"), read(f"{name}.weight_scale")
+            packed[name] = PackedWeight(words, scales, fmt)
+    shapes = run.reader.config.block_shapes()
+    kept = {name: read(name) for name in shapes if name.removesuffix(".weight") not in packed}
+    return packed, kept
 
 
 def _record(
@@ -168,9 +177,7 @@ def _record(
 def _tensors(run: Run, layer: int, block: QuantizedBlock) -> dict[str, Tensor]:
     """A block's output by full name, on the host."""
     prefix = block_prefix(layer)
-    found = {
-        prefix + name: _kept(run, prefix + name, tensor) for name, tensor in block.kept.items()
-    }
+    found = {prefix + name: finite(prefix + name, t.cpu()) for name, t in block.kept.items()}
     for name, weight in block.packed.items():
         for suffix, tensor in linear_tensors(weight).items():
             full = f"{prefix}{name}.{suffix}"
@@ -178,15 +185,18 @@ def _tensors(run: Run, layer: int, block: QuantizedBlock) -> dict[str, Tensor]:
     return found
 
 
-def _kept(run: Run, name: str, tensor: Tensor) -> Tensor:
-    return finite(name, tensor if run.dtype is None else tensor.to(run.dtype))
-
-
-def _copy(run: Run, name: str) -> Entry:
-    """Copy a tensor of the source, piece by piece."""
+def _copy(run: Run, module: str, source: str) -> Entry:
+    """Copy a module's weight from that of `source`, piece by piece, rotated."""
+    name, reader, rotation = f"{module}.weight", run.reader, run.pipeline.rotation
     kind, shape = run.plan.tensors[name]
-    chunks = (_kept(run, name, chunk) for chunk in run.reader.chunks(name))
-    return run.writer.shards.add_chunks(name, kind, shape, chunks)
+    norm = reader.read(f"{FINAL_NORM}.weight").to(run.pipeline.device)
+
+    def chunks() -> Iterator[Tensor]:
+        for chunk in reader.chunks(f"{source}.weight"):
+            turned = rotation.outer(module, chunk.to(run.pipeline.device), norm)
+            yield finite(name, turned.to(run.dtype or chunk.dtype).cpu())
+
+    return run.writer.shards.add_chunks(name, kind, shape, chunks())
 
 
 def _layer_report(row: dict[str, Any]) -> LayerReport:

@@ -7,7 +7,7 @@ from torch import Tensor
 from quant.calibration import scales as scales_module
 from quant.calibration.grid import E4M3_MANTISSAS, cell_tables
 from quant.calibration.scales import choose_scales
-from quant.recipe import SCALE_SEARCHES
+from quant.passes import SCALE_SEARCHES
 from quant_kernels.formats import (
     WeightFormat,
     effective_weight,

@@ -17,7 +17,7 @@ from quant.calibration.site import (
     part_elements,
     quantize_site,
 )
-from quant.recipe import CompensatePass, RoundPass
+from quant.passes import CompensatePass, RoundPass
 from quant_kernels.formats import WeightFormat, effective_weight, nearest_codes
 from quant_kernels.packing import unpack_int4
 

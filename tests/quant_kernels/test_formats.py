@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quant.calibration.scales import choose_scales
-from quant.recipe import SCALE_SEARCHES
+from quant.passes import SCALE_SEARCHES
 from quant_kernels.formats import (
     GROUP_SIZES,
     FormatError,

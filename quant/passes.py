@@ -1,0 +1,131 @@
+"""The passes of a recipe and their options; what each does is told by its file in `calibration/`.
+
+A recipe has at most one of each, in this order, and exactly one of the last two:
+
+    rotate -> smooth -> round | compensate
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+
+from quant.architectures import SITES
+from quant.errors import RequestError
+
+SCALE_SEARCHES = ("absmax", "mse", "hessian")
+SMOOTHINGS = ("adaptive", "channel", "search")
+
+
+@dataclass(frozen=True)
+class RotatePass:
+    """Offline rotations (QuaRot, as QQQ uses it); see `calibration/rotation.py`.
+
+    residual: of the residual stream; norms are folded, a tied head is untied. heads: of every
+    value head. seed: of the random signs.
+    """
+
+    residual: bool = True
+    heads: bool = True
+    seed: int = 0
+
+    def check(self) -> None:
+        require(self.residual or self.heads, "rotate: neither residual nor heads is rotated")
+        require(self.seed >= 0, f"rotate: seed is {self.seed}; it must not be negative")
+
+
+@dataclass(frozen=True)
+class SmoothPass:
+    """Scales between a site's input channels and its weights; see `calibration/smoothing.py`.
+
+    method: "adaptive" (QQQ: one threshold a site), "channel" (FireQ: homogeneous weight columns),
+    or "search" (the best of both, of exponents, and of nothing). strength: exponent of "channel".
+    """
+
+    method: str = "adaptive"
+    sites: tuple[str, ...] = tuple(SITES)
+    strength: float = 1.0
+
+    def check(self) -> None:
+        one_of("smooth.method", self.method, SMOOTHINGS)
+        require(bool(self.sites), "smooth.sites is empty")
+        for site in self.sites:
+            one_of("smooth.sites", site, tuple(SITES))
+        require(
+            0 < self.strength <= 1,
+            f"smooth.strength is {self.strength}; it must be in (0, 1]",
+        )
+
+
+@dataclass(frozen=True)
+class RoundPass:
+    """Round to nearest on the format's true grid (RTN): the baseline."""
+
+    scales: str = "absmax"
+
+    def check(self) -> None:
+        one_of("scales", self.scales, SCALE_SEARCHES)
+
+
+@dataclass(frozen=True)
+class CompensatePass:
+    """Hessian compensation (GPTQ) on the format's true grid; see `calibration/compensation.py`."""
+
+    scales: str = "hessian"
+    damping: float = 0.01
+    act_order: bool = True
+    block_size: int = 128
+
+    def check(self) -> None:
+        one_of("scales", self.scales, SCALE_SEARCHES)
+        require(0 < self.damping <= 1, f"damping is {self.damping}; it must be in (0, 1]")
+        require(self.block_size > 0, f"block_size is {self.block_size}; it must be positive")
+
+
+Rounding = RoundPass | CompensatePass
+Pass = RotatePass | SmoothPass | RoundPass | CompensatePass
+PASSES: dict[str, type[Pass]] = {
+    "rotate": RotatePass,
+    "smooth": SmoothPass,
+    "round": RoundPass,
+    "compensate": CompensatePass,
+}
+
+
+def pass_name(step: Pass) -> str:
+    return next(name for name, cls in PASSES.items() if type(step) is cls)
+
+
+def check_passes(passes: tuple[Pass, ...]) -> None:
+    """RequestError where the passes do not make a recipe."""
+    for step in passes:
+        step.check()
+    names = [pass_name(step) for step in passes]
+    roundings = [name for name in names if name in ("round", "compensate")]
+    require(
+        len(roundings) == 1,
+        f"passes: {', '.join(names) or 'none'}: {len(roundings)} of them round the weights; "
+        "exactly one must, round or compensate",
+    )
+    order = sorted(names, key=list(PASSES).index)
+    require(names == order, f"passes: {', '.join(names)} must be in the order {', '.join(order)}")
+    for name in names:
+        require(names.count(name) == 1, f"passes: {name} is given {names.count(name)} times")
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """ "; did you mean ...?" where something known is close, else nothing."""
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def one_of(key: str, value: str, known: tuple[str, ...]) -> None:
+    require(
+        value in known,
+        f"{key} {value!r} is unknown; known: {', '.join(known)}{nearest(value, list(known))}",
+    )
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise RequestError(message)
