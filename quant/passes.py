@@ -69,17 +69,25 @@ class RoundPass:
 
 @dataclass(frozen=True)
 class CompensatePass:
-    """Hessian compensation (GPTQ) on the format's true grid; see `calibration/compensation.py`."""
+    """Hessian compensation (GPTQ) on the format's true grid; see `calibration/compensation.py`.
+
+    feedback: share of the residual stream's error that later blocks are asked to repair, and ridge,
+    how cautiously (`calibration/feedback.py`); 0: none.
+    """
 
     scales: str = "hessian"
     damping: float = 0.01
     act_order: bool = True
     block_size: int = 128
+    feedback: float = 0.0
+    ridge: float = 0.1
 
     def check(self) -> None:
         one_of("scales", self.scales, SCALE_SEARCHES)
         require(0 < self.damping <= 1, f"damping is {self.damping}; it must be in (0, 1]")
         require(self.block_size > 0, f"block_size is {self.block_size}; it must be positive")
+        require(0 <= self.feedback <= 1, f"feedback is {self.feedback}; it must be in [0, 1]")
+        require(0 < self.ridge <= 1, f"ridge is {self.ridge}; it must be in (0, 1]")
 
 
 Rounding = RoundPass | CompensatePass

@@ -6,7 +6,8 @@ computation, and writing behind it, on a thread of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
@@ -126,12 +127,12 @@ class DiskStore:
             self._reading.pop(key, None)
             self._thread.submit(self._path(key).unlink, missing_ok=True)
 
-    def seal(self, name: str) -> Callable[[], None]:
-        """A function that returns when everything put under `name` is on the disk.
+    def seal(self, names: Sequence[str]) -> Callable[[], None]:
+        """A function that returns when everything put under these names is on the disk.
 
         It may be called on another thread, while this one goes on to put other names.
         """
-        keys = [key for key in self._shapes if key[0] == name]
+        keys = [key for key in self._shapes if key[0] in names]
         written = list(self._writing.values())
 
         def wait() -> None:
@@ -143,12 +144,12 @@ class DiskStore:
 
         return wait
 
-    def adopt(self, name: str, shapes: list[Shape]) -> None:
-        """Take over what an earlier process sealed under `name`: one tensor in each batch.
+    def adopt(self, names: Sequence[str], shapes: Sequence[Shape]) -> None:
+        """Take over what an earlier process sealed under these names: one tensor in each batch.
 
         Removes what else it left. Raises RequestError where a file is missing or has another size.
         """
-        for batch, (dtype, shape) in enumerate(shapes):
+        for name, (batch, (dtype, shape)) in itertools.product(names, enumerate(shapes)):
             path = self._path((name, batch))
             size = torch.Size(shape).numel() * dtype.itemsize
             if not path.is_file() or path.stat().st_size != size:

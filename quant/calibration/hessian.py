@@ -126,6 +126,37 @@ class InputHessian:
             total += 2 * (here @ strip[:, stop:]).mul_(e[:, stop:]).sum(dim=1)
         return total
 
+    def times(self, rows: Tensor) -> Tensor:
+        """rows [N, K] FP32 (natural order) times the undamped H: [N, K] FP32."""
+        size = max(1, ENERGY_ELEMENTS // len(self._matrix))
+        with reference.bf16_products(False):
+            return torch.cat([self._times(part) for part in rows.split(size)])
+
+    def _times(self, rows: Tensor) -> Tensor:
+        e = rows[:, self._order]
+        product = e * self._diagonal[self._order]
+        for start in range(0, e.shape[1], STRIP):
+            stop = min(start + STRIP, e.shape[1])
+            corner = self._matrix[start:stop, start:stop].triu(1)
+            beside = self._matrix[start:stop, stop:]
+            product[:, start:stop] += e[:, start:stop] @ (corner + corner.T)
+            product[:, stop:] += e[:, start:stop] @ beside
+            product[:, start:stop] += e[:, stop:] @ beside.T
+        natural = torch.empty_like(product)
+        natural[:, self._order] = product
+        return natural
+
+    def solve(self, rows: Tensor) -> Tensor:
+        """rows [N, K] FP32 (natural order) times the inverse of the damped H: [N, K] FP32."""
+        factor = self.factor
+        ordered = rows[:, self._order].T
+        with reference.bf16_products(False):
+            half = torch.linalg.solve_triangular(factor, ordered, upper=False)
+            solved = torch.linalg.solve_triangular(factor.T, half, upper=True).T
+        natural = torch.empty_like(rows)
+        natural[:, self._order] = solved
+        return natural
+
     def factorize(self, damping: float, act_order: bool) -> float:
         """Put L into the lower triangle, in place; returns the damping that it took.
 

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from quant.architectures import EMBEDDING, LINEARS, SITES, DecoderConfig, block_prefix
 from quant.calibration.activations import ActivationStore, Shape
+from quant.calibration.feedback import FEEDBACK_SITES, UnquantizedStream, corrected, stream_name
 from quant.calibration.folding import fold, folded_scale, shared_by
 from quant.calibration.hessian import InputHessian
 from quant.calibration.inputs import SiteInputs
@@ -76,6 +77,15 @@ class QuantizedBlock:
     rows: tuple[LayerReport, ...]
 
 
+@dataclass(frozen=True)
+class SiteStatistics:
+    """Of a site's inputs x^ over all tokens: H, max|x| [K], and C [N, K] (`feedback.py`) if any."""
+
+    hessian: InputHessian
+    amax: Tensor
+    cross: Tensor | None
+
+
 @dataclass
 class Seconds:
     """Where the time went: what grows with the tokens, and what does not."""
@@ -87,6 +97,11 @@ class Seconds:
 def hidden_name(layer: int) -> str:
     """Of the residual stream that enters a block."""
     return f"hidden-{layer:05d}"
+
+
+def _stream_before(layer: int, site: str) -> int:
+    """The residual stream to which a site's output is added: under the name of which block."""
+    return layer if site == "o" else layer + 1
 
 
 def windows_at_once(cfg: DecoderConfig, length: int) -> int:
@@ -136,6 +151,9 @@ class BlockPipeline:
         self._on_progress = on_progress
         positions = torch.arange(windows.shape[1], device=device).unsqueeze(0)
         self._rope = rotary_table(cfg, positions)
+        self._unquantized: UnquantizedStream | None = None
+        if isinstance(self._rounding, CompensatePass) and self._rounding.feedback:
+            self._unquantized = UnquantizedStream(cfg, store, len(self._batches), self._rope)
 
     def embed(self) -> None:
         """Look up the tokens: what enters block 0."""
@@ -147,9 +165,16 @@ class BlockPipeline:
             rows = self.rotation.rows(rows.to(self.device)).to(self._dtype or rows.dtype)
             hidden = rows.float()[place.to(self.device)]
             self.store.put(hidden_name(0), i, hidden)
+            if self._unquantized is not None:
+                self._unquantized.begin(i, hidden)
 
-    def hidden_shapes(self) -> list[Shape]:
-        """Of the residual stream, by batch."""
+    def streams(self, layer: int) -> list[str]:
+        """What the store keeps of the tokens that enter a block, by name."""
+        names = [hidden_name(layer)]
+        return names if self._unquantized is None else [*names, stream_name(layer)]
+
+    def stream_shapes(self) -> list[Shape]:
+        """Of each of the streams, by batch."""
         hidden = self._cfg.hidden_size
         return [(torch.float32, (*batch.shape, hidden)) for batch in self._batches]
 
@@ -169,6 +194,7 @@ class BlockPipeline:
         packed: dict[str, PackedWeight] = {}
         rows: list[LayerReport] = []
         self.seconds.weights += time.perf_counter() - started
+        self._advance_unquantized(layer, block)
         self._enter(layer, block)
         for site in SITES:
             if self._planned(layer, site):
@@ -188,13 +214,16 @@ class BlockPipeline:
         prefix, names = block_prefix(layer), self._planned(layer, site)
         fmt = self.plan[prefix + names[0]].fmt
         assert fmt is not None
-        hessian, amax = self._hessian(layer, site)
+        seen = self._hessian(layer, site)
+        hessian = seen.hessian
         started = time.perf_counter()
         chosen = ""
         if self._smooths(site):
-            chosen = self._smooth(layer, site, block, packed, hessian, amax)
+            chosen = self._smooth(layer, site, block, packed, hessian, seen.amax)
         full = [prefix + name for name in names]
         weights = [block[f"{name}.weight"].to(self.device) for name in names]
+        if seen.cross is not None:
+            weights = [self._corrected(weights[0], seen.cross, hessian)]
         found = quantize_site(
             full,
             weights,
@@ -228,6 +257,20 @@ class BlockPipeline:
                 )
             )
         return rows
+
+    def _corrected(self, weight: Tensor, cross: Tensor, hessian: InputHessian) -> Tensor:
+        """A weight moved towards what the residual stream misses."""
+        step = self._rounding
+        assert isinstance(step, CompensatePass)
+        if self._inputs.divisor is not None:
+            cross = cross / self._inputs.divisor
+        return corrected(weight, cross, hessian, step.feedback, step.ridge)
+
+    def _advance_unquantized(self, layer: int, block: Mapping[str, Tensor]) -> None:
+        if self._unquantized is not None:
+            started = time.perf_counter()
+            self._unquantized.advance(layer, block)
+            self.seconds.tokens += time.perf_counter() - started
 
     def _smooths(self, site: str) -> bool:
         return self._smoothing is not None and site in self._smoothing.sites
@@ -301,6 +344,8 @@ class BlockPipeline:
         self, layer: int, packed: Mapping[str, PackedWeight], kept: Mapping[str, Tensor]
     ) -> None:
         """Let the tokens through a finished block; packed and kept: see `QuantizedBlock`."""
+        if self._unquantized is not None:
+            self._advance_unquantized(layer, self._read(layer))
         block = {name: tensor.to(self.device) for name, tensor in kept.items()}
         divisors: dict[str, Tensor | None] = dict.fromkeys(SITES)
         for site in (site for site in NORM_OF if self._smooths(site)):
@@ -318,6 +363,8 @@ class BlockPipeline:
         """The block is finished: forget what entered it."""
         for i in range(len(self._batches)):
             self.store.forget(hidden_name(layer), i)
+        if self._unquantized is not None:
+            self._unquantized.leave(layer)
 
     def _read(self, layer: int) -> dict[str, Tensor]:
         """The block's tensors, rotated; on the device, but for the linears' weights as stored."""
@@ -373,11 +420,8 @@ class BlockPipeline:
             assert fmt is not None
             self._inputs.put_quantized(i, x, fmt.activation)
 
-    def _hessian(self, layer: int, site: str) -> tuple[InputHessian, Tensor]:
-        """H = X^T X / T, and max|x| [K], over the inputs as the kernel sees them (quantized).
-
-        Those of a site that is to be smoothed are not quantized yet.
-        """
+    def _hessian(self, layer: int, site: str) -> SiteStatistics:
+        """Of a site's inputs as the kernel sees them; not quantized yet where they are smoothed."""
         started = time.perf_counter()
         prefix = block_prefix(layer)
         names = self._planned(layer, site)
@@ -385,6 +429,9 @@ class BlockPipeline:
         assert plan.fmt is not None
         hessian = InputHessian(plan.shape[1], self.device)
         amax = torch.zeros(plan.shape[1], device=self.device)
+        cross = None
+        if self._unquantized is not None and site in FEEDBACK_SITES:
+            cross = torch.zeros(plan.shape, device=self.device)
         broken = 0
         for i in range(len(self._batches)):
             self._tick(layer, site)
@@ -398,14 +445,21 @@ class BlockPipeline:
                 broken += int((~torch.isfinite(scale)).sum())
                 x = reference.dequantize_activation(codes, scale)
             hessian.add(x)
+            if cross is not None:
+                assert self._unquantized is not None
+                before = self.store.get(hidden_name(_stream_before(layer, site)), i)[0]
+                missing = self._unquantized.after(layer, site, i) - before
+                cross.addmm_(missing.flatten(0, 1).T, x)
         if broken:
             raise SiteFailed(
                 [prefix + name for name in names],
                 f"its inputs hold NaN or Inf in {broken} of {hessian.tokens} calibration tokens",
             )
         hessian.finish()
+        if cross is not None:
+            cross /= hessian.tokens
         self.seconds.tokens += time.perf_counter() - started
-        return hessian, amax
+        return SiteStatistics(hessian, amax, cross)
 
     def _pass(
         self,
@@ -436,8 +490,8 @@ class BlockPipeline:
                 for name in names
             ]
         # The sites after which something is added to the residual stream.
-        adds = site in ("o", "down")
-        before = layer if site == "o" else layer + 1
+        adds = site in FEEDBACK_SITES
+        before = _stream_before(layer, site)
         for i, batch in enumerate(self._batches):
             self._tick(layer, site)
             if all_packed:

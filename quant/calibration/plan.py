@@ -18,6 +18,7 @@ from quant.checkpoint.reader import CheckpointReader
 from quant.checkpoint.shards import DTYPE_NAMES, DTYPES, header_bytes
 from quant.errors import RequestError
 from quant.memory import available_bytes
+from quant.passes import CompensatePass
 from quant.recipe import Recipe
 from quant.report import mean_bits_per_weight
 from quant.schemes import LayerPlan, plan_layers
@@ -125,6 +126,9 @@ def make_plan(
         _input_bytes(layers, block_prefix(i), recipe) for i in range(cfg.num_layers)
     )
     held = hidden * (2 if rewindable else 1) + inputs
+    rounding = recipe.rounding
+    if isinstance(rounding, CompensatePass) and rounding.feedback:
+        held += hidden * 5 // 2  # two of the unquantized stream, and its BF16 one inside a block
     size = header_bytes(tensors) + sum(
         torch.Size(shape).numel() * DTYPES[kind].itemsize for kind, shape in tensors.values()
     )
@@ -143,7 +147,7 @@ def make_plan(
         disk_bytes=size,
     )
     place = _place(plan, activation_offload, device or torch.device("cpu"))
-    spilled = HIDDEN_ON_DISK * hidden + inputs if place == "disk" else 0
+    spilled = held + (HIDDEN_ON_DISK - 1) * hidden if place == "disk" else 0
     return dataclasses.replace(plan, activation_place=place, disk_bytes=size + spilled)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from quant.architectures import EMBEDDING, FINAL_NORM, LINEARS, LM_HEAD, SITES, block_prefix
 from quant.calibration.activations import DiskStore
-from quant.calibration.pipeline import BlockPipeline, QuantizedBlock, hidden_name
+from quant.calibration.pipeline import BlockPipeline, QuantizedBlock
 from quant.calibration.plan import RunPlan
 from quant.calibration.site import SiteFailed
 from quant.checkpoint.compressed_tensors import linear_tensors
@@ -82,7 +82,8 @@ def quantize_blocks(run: Run) -> tuple[list[LayerReport], list[SkippedLayers]]:
                 pending.result()
             store = pipeline.store
             on_disk = isinstance(store, DiskStore)
-            seal = store.seal(hidden_name(layer + 1)) if isinstance(store, DiskStore) else None
+            following = pipeline.streams(layer + 1)
+            seal = store.seal(following) if isinstance(store, DiskStore) else None
             part = Part(
                 name=str(layer),
                 entries=(),
@@ -137,7 +138,7 @@ def _take_up(run: Run, first: int) -> None:
         return
     store = pipeline.store
     if first and isinstance(store, DiskStore) and journal.parts[-1].activations:
-        store.adopt(hidden_name(first), pipeline.hidden_shapes())
+        store.adopt(pipeline.streams(first), pipeline.stream_shapes())
         return
     pipeline.embed()
     for layer in range(first):

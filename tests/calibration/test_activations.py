@@ -107,7 +107,7 @@ def test_forgotten_files_are_removed(tmp_path: Path) -> None:
         store.put("a", batch, torch.ones(3))
     store.forget("a", 1)
     store.put("b", 0, torch.ones(3))
-    store.seal("b")()
+    store.seal(["b"])()
     assert files_of(store) == ["a-00000.bin", "a-00002.bin", "b-00000.bin"]
     store.put("a", 1, torch.zeros(2))  # written after the old one is removed
     assert raw(store.get("a", 1)) == raw((torch.zeros(2),))
@@ -137,13 +137,13 @@ def test_sealed_activations_are_taken_up_by_another_store(tmp_path: Path) -> Non
     for i, batch in enumerate(batches):
         first.put("hidden-00001", i, batch)
         first.put("inputs", i, batch.to(torch.int8))
-    seal = first.seal("hidden-00001")
+    seal = first.seal(["hidden-00001"])
     for i, batch in enumerate(batches):
         first.put("hidden-00002", i, 2 * batch)  # goes on meanwhile
     seal()
     second = DiskStore(tmp_path / "activations", CPU)
     shapes = [(torch.float32, (2, 5))] * 4
-    second.adopt("hidden-00001", shapes)
+    second.adopt(["hidden-00001"], shapes)
     assert files_of(second) == [f"hidden-00001-{i:05d}.bin" for i in range(4)]
     for i, batch in enumerate(batches):
         assert raw(second.get("hidden-00001", i)) == raw((batch,))
@@ -173,7 +173,7 @@ def test_seal_waits_for_every_batch_and_syncs_it(
     for i in range(5):
         store.put("a", i, torch.ones(3))
     store.put("b", 0, torch.ones(3))
-    store.seal("a")()
+    store.seal(["a"])()
     assert set(names) <= set(written)
     assert synced == [*names, "activations"]  # the files, and then their names
     store.close()
@@ -184,11 +184,11 @@ def test_adopting_what_is_not_whole_is_refused(loss: int | None, tmp_path: Path)
     store = DiskStore(tmp_path / "activations", CPU)
     for i in range(2):
         store.put("a", i, torch.ones(3))
-    store.seal("a")()
+    store.seal(["a"])()
     path = tmp_path / "activations" / "a-00001.bin"
     path.unlink() if loss is None else path.write_bytes(path.read_bytes()[:-loss])
     with pytest.raises(RequestError, match=r"a-00001\.bin.* 12 bytes.*remove .* start again"):
-        DiskStore(tmp_path / "activations", CPU).adopt("a", [(torch.float32, (3,))] * 2)
+        DiskStore(tmp_path / "activations", CPU).adopt(["a"], [(torch.float32, (3,))] * 2)
     with pytest.raises((WorkFailed, FileNotFoundError)):
         store.get("a", 1)
     store.close()
@@ -197,11 +197,11 @@ def test_adopting_what_is_not_whole_is_refused(loss: int | None, tmp_path: Path)
 def put_many(store: DiskStore) -> None:
     for i in range(1, 5):
         store.put("a", i, torch.zeros(50_000))
-    store.seal("a")()
+    store.seal(["a"])()
 
 
 @pytest.mark.parametrize(
-    "call", [put_many, lambda store: store.get("a", 0), lambda store: store.seal("a")()]
+    "call", [put_many, lambda store: store.get("a", 0), lambda store: store.seal(["a"])()]
 )
 def test_failed_write_is_reported_by_what_comes_next(
     call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

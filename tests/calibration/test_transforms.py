@@ -136,7 +136,9 @@ RECIPES = {
     "channel": "- smooth: {method: channel, strength: 0.5}\n  - compensate",
     "search": "- smooth: {method: search, sites: [o, down, gate_up]}\n  - compensate",
     "rotate": "- rotate\n  - compensate",
-    "all": "- rotate: {seed: 7}\n  - smooth: {method: channel}\n  - round: {scales: hessian}",
+    "feedback": "- compensate: {feedback: 0.5}",
+    "all": "- rotate: {seed: 7}\n  - smooth: {method: search}\n  - compensate: {feedback: 0.7}",
+    "rounded": "- rotate: {heads: false}\n  - smooth: {method: channel}\n  - round",
 }
 
 
@@ -193,10 +195,10 @@ def test_calibration_ends_with_the_hidden_states_of_the_stored_checkpoint(
     theirs, ours = logits(dense), logits(stored)
     assert float((ours - theirs).square().sum() / theirs.square().sum()) < 0.4
     assert {bool(row.smoothing) for row in report.layers} <= {True, False}
-    assert any(row.smoothing for row in report.layers) == (recipe != "rotate")
+    assert any(row.smoothing for row in report.layers) == (recipe not in ("rotate", "feedback"))
 
 
-@pytest.mark.parametrize("recipe", ["search", "all"])
+@pytest.mark.parametrize("recipe", ["search", "feedback", "all"])
 @pytest.mark.parametrize("offload", ["cpu", "disk"])
 def test_a_resumed_run_writes_the_same_bytes(
     recipe, offload, tiny_checkpoint, calibration, tmp_path
