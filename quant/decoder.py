@@ -22,6 +22,7 @@ from torch import Tensor
 
 from quant.architectures import SITES, DecoderConfig
 from quant_kernels import reference
+from quant_kernels.kv4 import KVFormat, dequantize_kv, quantize_kv
 from quant_kernels.packing import PackedWeight
 from quant_kernels.reference import ExpandedWeight
 
@@ -64,6 +65,51 @@ def causal_attention(window: int | None) -> Attention:
         return scaled_dot_product(q, k, v, (distance >= 0) & (distance < window))
 
     return attend
+
+
+@dataclass(frozen=True)
+class KeyTransform:
+    """Of a layer's keys after RoPE: k' = scale (k - shift), q' = q / scale; both [Hk, D] FP32.
+
+    For one query, all q' . k' differ from q . k by the same number, which softmax does not see.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def to(self, device: torch.device) -> KeyTransform:
+        return KeyTransform(self.scale.to(device), self.shift.to(device))
+
+    def to_lists(self) -> tuple[list[list[float]], list[list[float]]]:
+        """Scale and shift as plain numbers, without loss."""
+        return self.scale.tolist(), self.shift.tolist()
+
+
+def quantized_attention(
+    attend: Attention, kv: KVFormat | None, keys: KeyTransform | None = None
+) -> Attention:
+    """Attention over keys and values as the KV cache holds them.
+
+    Keys and queries are transformed, queries of all query heads of a KV head alike. Then with kv,
+    keys and values are rounded to its grid (`kv4.py`) and queries to FP8, per token and head. So
+    `attend` may store what it is given, in prefill and decode, and calibration sees the same.
+
+    The rounded numbers go on in q's dtype. In BF16 they are rounded once more, by up to 2^-9 of
+    themselves, where a kernel that reads codes does not; a step of the grid is 2^-4 of the range.
+    """
+
+    def attend_rounded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        dtype = q.dtype
+        if keys is not None:
+            k = (k.float() - keys.shift) * keys.scale
+            grouped = q.float().unflatten(2, (len(keys.scale), -1))  # [B, S, Hk, r, D]
+            q = (grouped / keys.scale.unsqueeze(1)).flatten(2, 3)
+        if kv is not None:
+            q = reference.dequantize_activation(*reference.quantize_activation(q, "fp8"))
+            k, v = (dequantize_kv(quantize_kv(rows, kv)) for rows in (k, v))
+        return attend(q.to(dtype), k.to(dtype), v.to(dtype))
+
+    return attend_rounded
 
 
 def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

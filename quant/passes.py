@@ -2,7 +2,7 @@
 
 A recipe has at most one of each, in this order, and exactly one of the last two:
 
-    rotate -> smooth -> round | compensate
+    rotate -> smooth -> rope -> round | compensate
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from quant.errors import RequestError
 
 SCALE_SEARCHES = ("absmax", "mse", "hessian")
 SMOOTHINGS = ("adaptive", "channel", "search")
+KEY_SCALES = ("none", "channels", "optimal")
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,29 @@ class SmoothPass:
 
 
 @dataclass(frozen=True)
+class RopePass:
+    """Scales of keys for a quantized KV cache (FireQ and beyond); see `calibration/rope.py`.
+
+    Does nothing without a quantized cache. pre: exponent of the scale of every pair before RoPE,
+    folded into q and k; 0: none. post: of channels after RoPE, applied online: "channels" (by their
+    maxima), "optimal" (least error of the attention), or "none". strength and top_k: of "channels";
+    top_k 0 means all.
+    """
+
+    pre: float = 0.0
+    post: str = "optimal"
+    strength: float = 0.5
+    top_k: int = 0
+
+    def check(self) -> None:
+        one_of("rope.post", self.post, KEY_SCALES)
+        require(0 <= self.pre <= 1, f"rope.pre is {self.pre}; it must be in [0, 1]")
+        require(0 < self.strength <= 1, f"rope.strength is {self.strength}; it must be in (0, 1]")
+        require(self.top_k >= 0, f"rope.top_k is {self.top_k}; it must not be negative")
+        require(self.pre > 0 or self.post != "none", "rope: neither pre nor post scales anything")
+
+
+@dataclass(frozen=True)
 class RoundPass:
     """Round to nearest on the format's true grid (RTN): the baseline."""
 
@@ -91,10 +115,11 @@ class CompensatePass:
 
 
 Rounding = RoundPass | CompensatePass
-Pass = RotatePass | SmoothPass | RoundPass | CompensatePass
+Pass = RotatePass | SmoothPass | RopePass | RoundPass | CompensatePass
 PASSES: dict[str, type[Pass]] = {
     "rotate": RotatePass,
     "smooth": SmoothPass,
+    "rope": RopePass,
     "round": RoundPass,
     "compensate": CompensatePass,
 }

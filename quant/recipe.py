@@ -6,6 +6,7 @@ names the file, the key and the nearest valid one. Presets are the files of `rec
     scheme: w4afp8              # w4afp8 | w4a8
     group_size: 128             # 32 | 64 | 128 | -1 (per output channel)
     numerics: lut               # w4afp8: lut | exact; w4a8: int8
+    kv_cache: none              # none | kv4 | kv4-symmetric
     ignore: []                  # more modules to leave alone: names, or re:<regex>
     calibration: {dataset: builtin, num_calibration_samples: 128, max_seq_length: 512, seed: 0}
     passes:
@@ -29,6 +30,7 @@ from quant.passes import (
     PASSES,
     CompensatePass,
     Pass,
+    RopePass,
     RotatePass,
     Rounding,
     SmoothPass,
@@ -39,8 +41,10 @@ from quant.passes import (
     require,
 )
 from quant_kernels.formats import NUMERICS, FormatError, WeightFormat
+from quant_kernels.kv4 import KVFormat
 
 DEFAULT_PRESET = "gptq"
+KV_CACHES = {"none": None, "kv4": KVFormat(), "kv4-symmetric": KVFormat(symmetric=True)}
 
 
 @dataclass(frozen=True)
@@ -70,12 +74,14 @@ class Recipe:
     scheme: str = "w4afp8"
     group_size: int = 128
     numerics: str = ""  # empty: the scheme's first
+    kv_cache: str = "none"
     ignore: tuple[str, ...] = ()
     calibration: Calibration = field(default_factory=Calibration)
     passes: tuple[Pass, ...] = (CompensatePass(),)
 
     def check(self) -> None:
         one_of("scheme", self.scheme, tuple(NUMERICS))
+        one_of("kv_cache", self.kv_cache, tuple(KV_CACHES))
         self.calibration.check()
         check_passes(self.passes)
         for pattern in self.ignore:
@@ -99,6 +105,18 @@ class Recipe:
         return next((step for step in self.passes if isinstance(step, SmoothPass)), None)
 
     @property
+    def rope(self) -> RopePass | None:
+        """None also where there is no quantized KV cache for it to work on."""
+        if self.kv_format is None:
+            return None
+        return next((step for step in self.passes if isinstance(step, RopePass)), None)
+
+    @property
+    def kv_format(self) -> KVFormat | None:
+        """How keys and values are stored; None: as computed."""
+        return KV_CACHES[self.kv_cache]
+
+    @property
     def weight_format(self) -> WeightFormat:
         numerics = self.numerics or NUMERICS[self.scheme][0]
         return WeightFormat(self.scheme, self.group_size, numerics)
@@ -109,6 +127,7 @@ class Recipe:
             "scheme": self.scheme,
             "group_size": self.group_size,
             "numerics": self.weight_format.numerics,
+            "kv_cache": self.kv_cache,
             "ignore": list(self.ignore),
             "calibration": dataclasses.asdict(self.calibration),
             "passes": [{pass_name(step): _options(step)} for step in self.passes],

@@ -19,7 +19,7 @@ tensors from the output and see the same numbers.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -27,29 +27,29 @@ from torch import Tensor
 
 from quant.architectures import EMBEDDING, LINEARS, SITES, DecoderConfig, block_prefix
 from quant.calibration.activations import ActivationStore, Shape
+from quant.calibration.block import BlockWork
 from quant.calibration.feedback import FEEDBACK_SITES, UnquantizedStream, corrected, stream_name
-from quant.calibration.folding import fold, folded_scale, shared_by
+from quant.calibration.folding import folded_scale
 from quant.calibration.hessian import InputHessian
 from quant.calibration.inputs import SiteInputs
+from quant.calibration.key_scaling import scale_keys
+from quant.calibration.rope import SAMPLED_TOKENS, KeyStatistics
 from quant.calibration.rotation import NORM_OF, Rotation, make_rotation
-from quant.calibration.site import MAX_ERROR, SiteFailed, part_elements, quantize_site
-from quant.calibration.smoothing import (
-    Site,
-    SiteSample,
-    activation_noise,
-    choose_smoothing,
-)
+from quant.calibration.site import MAX_ERROR, SiteFailed, part_elements, quantize_site, report_row
+from quant.calibration.smoothing import SiteWork, smooth_site
 from quant.checkpoint.reader import CheckpointReader
 from quant.decoder import (
+    KeyTransform,
     Linear,
     advance,
     begin,
     causal_attention,
     packed_outputs,
+    quantized_attention,
     rotary_table,
     site_outputs,
 )
-from quant.passes import CompensatePass
+from quant.passes import CompensatePass, RopePass
 from quant.recipe import Recipe
 from quant.report import LayerReport, OnProgress, Progress, ignore_progress
 from quant.schemes import LayerPlan
@@ -61,8 +61,6 @@ from quant_kernels.packing import PackedWeight
 TOKENS_AT_ONCE = 8192
 BATCH_OF_BLOCK = 1 / 16
 BATCH_BYTES = 4 * 2**20
-# Tokens that the search for smoothing scales sees, in whole windows.
-SMOOTHING_TOKENS = 1024
 DEFAULT_DAMPING = 0.01
 # Of the inputs of a site that is to be smoothed, while they wait.
 WAITING = torch.bfloat16
@@ -70,11 +68,13 @@ WAITING = torch.bfloat16
 
 @dataclass(frozen=True)
 class QuantizedBlock:
-    """What became of a block: packed linears and what stays, by name inside the block."""
+    """What became of a block: packed linears and what stays, by name inside the block; and what is
+    done to its keys before they are stored."""
 
     packed: dict[str, PackedWeight]
     kept: dict[str, Tensor]
-    rows: tuple[LayerReport, ...]
+    keys: KeyTransform | None = None
+    rows: tuple[LayerReport, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -139,6 +139,8 @@ class BlockPipeline:
         self._cfg = cfg = reader.config
         self._rounding = recipe.rounding
         self._smoothing = recipe.smooth
+        self._key_scaling = recipe.rope
+        self._kv = recipe.kv_format
         self.rotation = Rotation(None, None)
         if recipe.rotate is not None:
             self.rotation = make_rotation(recipe.rotate, cfg, device)
@@ -186,42 +188,40 @@ class BlockPipeline:
     def quantize(self, layer: int) -> QuantizedBlock:
         """Quantize a block, and let the tokens through it. Raises SiteFailed."""
         started = time.perf_counter()
-        block = self._read(layer)
+        work = BlockWork(self._cfg, layer, self._read(layer))
         if layer + 1 < self._cfg.num_layers:
             following = block_prefix(layer + 1)
             self._reader.will_need([following + name for name in self._cfg.block_shapes()])
         elements = part_elements(self._cfg.block_elements())
-        packed: dict[str, PackedWeight] = {}
         rows: list[LayerReport] = []
         self.seconds.weights += time.perf_counter() - started
-        self._advance_unquantized(layer, block)
-        self._enter(layer, block)
+        self._advance_unquantized(layer, work.tensors)
+        self._enter(layer, work.tensors)
         for site in SITES:
             if self._planned(layer, site):
-                rows += self._quantize_site(layer, site, block, packed, elements)
-            self._pass(layer, site, block, packed)
-        return QuantizedBlock(packed, block, tuple(rows))
+                rows += self._quantize_site(work, site, elements)
+            if site == "qkv" and self._key_scaling is not None:
+                self._scale_keys(work, self._key_scaling)
+            self._pass(work, site)
+        return QuantizedBlock(work.packed, work.tensors, work.keys, tuple(rows))
 
-    def _quantize_site(
-        self,
-        layer: int,
-        site: str,
-        block: dict[str, Tensor],
-        packed: dict[str, PackedWeight],
-        elements: int,
-    ) -> list[LayerReport]:
-        """Quantize a site: its linears move from block to packed."""
-        prefix, names = block_prefix(layer), self._planned(layer, site)
+    def _quantize_site(self, work: BlockWork, site: str, elements: int) -> list[LayerReport]:
+        """Quantize a site: its linears move from the block's tensors to its packed ones."""
+        prefix, names = work.prefix, self._planned(work.layer, site)
         fmt = self.plan[prefix + names[0]].fmt
         assert fmt is not None
-        seen = self._hessian(layer, site)
+        seen = self._hessian(work.layer, site)
         hessian = seen.hessian
         started = time.perf_counter()
         chosen = ""
         if self._smooths(site):
-            chosen = self._smooth(layer, site, block, packed, hessian, seen.amax)
+            assert self._smoothing is not None
+            rounding = self._rounding
+            damping = rounding.damping if isinstance(rounding, CompensatePass) else DEFAULT_DAMPING
+            site_work = SiteWork(work, site, names, fmt, self._inputs, hessian, seen.amax)
+            chosen = smooth_site(site_work, self._smoothing, damping, self._rope)
         full = [prefix + name for name in names]
-        weights = [block[f"{name}.weight"].to(self.device) for name in names]
+        weights = [work.tensors[f"{name}.weight"].to(self.device) for name in names]
         if seen.cross is not None:
             weights = [self._corrected(weights[0], seen.cross, hessian)]
         found = quantize_site(
@@ -238,24 +238,10 @@ class BlockPipeline:
         size = sum(weight.numel() for weight in weights)
         rows = []
         for name, row in zip(names, found, strict=True):
-            packed[name] = row.weight
+            work.packed[name] = row.weight
             plan = self.plan[prefix + name]
-            share = block.pop(f"{name}.weight").numel() / size
-            rows.append(
-                LayerReport(
-                    name=plan.name,
-                    shape=plan.shape,
-                    scheme=fmt.scheme,
-                    group_size=fmt.group_size,
-                    numerics=fmt.numerics,
-                    bits_per_weight=plan.bits_per_weight,
-                    error_before=row.error_before,
-                    error_after=row.error_after,
-                    damping=row.damping,
-                    smoothing=chosen,
-                    seconds=seconds * share,
-                )
-            )
+            share = work.tensors.pop(f"{name}.weight").numel() / size
+            rows.append(report_row(plan, row, chosen, seconds * share))
         return rows
 
     def _corrected(self, weight: Tensor, cross: Tensor, hessian: InputHessian) -> Tensor:
@@ -275,78 +261,11 @@ class BlockPipeline:
     def _smooths(self, site: str) -> bool:
         return self._smoothing is not None and site in self._smoothing.sites
 
-    def _smooth(
-        self,
-        layer: int,
-        site: str,
-        block: dict[str, Tensor],
-        packed: dict[str, PackedWeight],
-        hessian: InputHessian,
-        amax: Tensor,
-    ) -> str:
-        """Choose the site's scales, fold them, and let the waiting inputs and the Hessian follow.
-
-        Weights in block and the producer's rows, wherever they are, are changed.
-        """
-        assert self._smoothing is not None
-        cfg, prefix = self._cfg, block_prefix(layer)
-        names = SITES[site]
-        fmt = self.plan[prefix + self._planned(layer, site)[0]].fmt
-        assert fmt is not None
-        windows = self._inputs.sample(SMOOTHING_TOKENS)
-        tokens, shape = windows.flatten(0, 1), windows.shape[:2]
-        found = Site(
-            weights=[block[f"{name}.weight"].to(self.device) for name in names],
-            fmt=fmt,
-            sample=SiteSample(tokens, amax),
-            hessian=hessian,
-            function=lambda outputs: self._function(layer, site, block, outputs, shape),
-            shared=shared_by(cfg, site),
-            head_dim=cfg.head_dim,
-        )
-        rounding = self._rounding
-        damping = rounding.damping if isinstance(rounding, CompensatePass) else DEFAULT_DAMPING
-        s, label = choose_smoothing(found, self._smoothing, damping)
-        if label != "none":
-            s = fold(cfg, site, block, packed, s)
-            for name in names:
-                key = f"{name}.weight"
-                weight = block[key].to(self.device)
-                planned = self.plan[prefix + name].fmt is not None
-                block[key] = (weight.float() * s).to(torch.float32 if planned else weight.dtype)
-            self._inputs.divisor = s
-        else:
-            s = torch.ones_like(s)
-        hessian.rescale(s, activation_noise(tokens / s, fmt))
-        return label
-
-    def _function(
-        self,
-        layer: int,
-        site: str,
-        block: Mapping[str, Tensor],
-        outputs: Sequence[Tensor],
-        shape: Sequence[int],
-    ) -> Tensor:
-        """What a site computes of its linears' outputs, [B * S, N] each."""
-        if site not in NORM_OF:  # the residual stream takes it as it is
-            return outputs[0]
-        cfg = self._cfg
-        attend = causal_attention(cfg.sliding_windows[layer])
-        windows = [
-            y + block[f"{name}.bias"].float() if cfg.has_bias(name) else y
-            for name, y in zip(SITES[site], outputs, strict=True)
-        ]
-        windows = [y.unflatten(0, tuple(shape)) for y in windows]
-        return advance(cfg, block, site, windows[0], windows, self._rope, attend)[1]
-
-    def forward(
-        self, layer: int, packed: Mapping[str, PackedWeight], kept: Mapping[str, Tensor]
-    ) -> None:
-        """Let the tokens through a finished block; packed and kept: see `QuantizedBlock`."""
+    def forward(self, layer: int, finished: QuantizedBlock) -> None:
+        """Let the tokens through a block that is finished."""
         if self._unquantized is not None:
             self._advance_unquantized(layer, self._read(layer))
-        block = {name: tensor.to(self.device) for name, tensor in kept.items()}
+        block = {name: tensor.to(self.device) for name, tensor in finished.kept.items()}
         divisors: dict[str, Tensor | None] = dict.fromkeys(SITES)
         for site in (site for site in NORM_OF if self._smooths(site)):
             # As the run did that finished it: the norm as it was, and its outputs divided.
@@ -354,9 +273,10 @@ class BlockPipeline:
             divisors[site] = folded_scale(norm, block[NORM_OF[site]])
             block[NORM_OF[site]] = norm
         self._enter(layer, block)
+        work = BlockWork(self._cfg, layer, block, dict(finished.packed), finished.keys)
         for site in SITES:
             self._inputs.divisor = divisors[site]
-            self._pass(layer, site, block, packed)
+            self._pass(work, site)
         self.leave(layer)
 
     def leave(self, layer: int) -> None:
@@ -461,44 +381,22 @@ class BlockPipeline:
         self.seconds.tokens += time.perf_counter() - started
         return SiteStatistics(hessian, amax, cross)
 
-    def _pass(
-        self,
-        layer: int,
-        site: str,
-        block: Mapping[str, Tensor],
-        packed: Mapping[str, PackedWeight],
-    ) -> None:
+    def _pass(self, work: BlockWork, site: str) -> None:
         """Compute a site's outputs, and from them the next site's inputs."""
         started = time.perf_counter()
-        cfg, names, order = self._cfg, SITES[site], list(SITES)
+        cfg, order = self._cfg, list(SITES)
+        layer, block = work.layer, work.tensors
         following = order[order.index(site) + 1] if site != order[-1] else None
         attend = causal_attention(cfg.sliding_windows[layer])
-        biases = {
-            name: block[f"{name}.bias"].float() if cfg.has_bias(name) else None for name in names
-        }
-        all_packed = all(name in packed for name in names)
-        if all_packed:
-            expanded = [(reference.expand(packed[name]), biases[name]) for name in names]
-        else:
-            linears = [
-                Linear(
-                    packed[name]
-                    if name in packed
-                    else block[f"{name}.weight"].to(self.device, torch.float32),
-                    biases[name],
-                )
-                for name in names
-            ]
+        if self._kv is not None:
+            attend = quantized_attention(attend, self._kv, work.keys)
+        outputs_of = self._outputs(work, site)
         # The sites after which something is added to the residual stream.
         adds = site in FEEDBACK_SITES
         before = _stream_before(layer, site)
-        for i, batch in enumerate(self._batches):
+        for i in range(len(self._batches)):
             self._tick(layer, site)
-            if all_packed:
-                codes, scale = self._inputs.quantized(i, packed[names[0]].fmt.activation)
-                outputs = packed_outputs(expanded, codes, scale, batch.shape, torch.float32)
-            else:
-                outputs = site_outputs(linears, self._inputs.dense(i))
+            outputs = outputs_of(i)
             hidden = self.store.get(hidden_name(before), i)[0] if adds else outputs[0]
             hidden, x = advance(cfg, block, site, hidden, outputs, self._rope, attend)
             if adds:
@@ -507,4 +405,54 @@ class BlockPipeline:
                     self.store.forget(hidden_name(layer), i)
             if following is not None:
                 self._keep(layer, following, i, x)
+        self.seconds.tokens += time.perf_counter() - started
+
+    def _outputs(self, work: BlockWork, site: str) -> Callable[[int], list[Tensor]]:
+        """A function that computes a site's linears for a batch: [B, S, N] each, FP32."""
+        names, block, packed = SITES[site], work.tensors, work.packed
+        biases = {
+            name: block[f"{name}.bias"].float() if self._cfg.has_bias(name) else None
+            for name in names
+        }
+        if all(name in packed for name in names):
+            expanded = [(reference.expand(packed[name]), biases[name]) for name in names]
+            activation = packed[names[0]].fmt.activation
+
+            def of_codes(i: int) -> list[Tensor]:
+                codes, scale = self._inputs.quantized(i, activation)
+                shape = self._batches[i].shape
+                return packed_outputs(expanded, codes, scale, shape, torch.float32)
+
+            return of_codes
+        linears = [
+            Linear(
+                packed[name]
+                if name in packed
+                else block[f"{name}.weight"].to(self.device, torch.float32),
+                biases[name],
+            )
+            for name in names
+        ]
+        return lambda i: site_outputs(linears, self._inputs.dense(i))
+
+    def _scale_keys(self, work: BlockWork, step: RopePass) -> None:
+        """Choose what is done to the keys, from some of the tokens; pairs are folded."""
+        started = time.perf_counter()
+        cfg, site = self._cfg, "qkv"
+        seen = KeyStatistics(cfg, cfg.sliding_windows[work.layer])
+
+        def observe(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            seen.add(q, k)
+            return q
+
+        outputs_of = self._outputs(work, site)
+        for i in range(len(self._batches)):
+            if seen.tokens >= SAMPLED_TOKENS:
+                break
+            self._tick(work.layer, site)
+            outputs = outputs_of(i)
+            advance(cfg, work.tensors, site, outputs[0], outputs, self._rope, observe)
+        work.keys = scale_keys(
+            work, step, seen, symmetric=self._kv is not None and self._kv.symmetric
+        )
         self.seconds.tokens += time.perf_counter() - started

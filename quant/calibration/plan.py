@@ -12,6 +12,7 @@ import torch
 from quant.architectures import EMBEDDING, FINAL_NORM, LINEARS, LM_HEAD, SITES, block_prefix
 from quant.calibration.activations import OFFLOADS, ActivationStore, DiskStore, MemoryStore
 from quant.calibration.pipeline import windows_at_once
+from quant.calibration.rope import check_rotary_layout
 from quant.calibration.site import part_elements
 from quant.checkpoint.compressed_tensors import packed_shapes
 from quant.checkpoint.reader import CheckpointReader
@@ -104,6 +105,8 @@ def make_plan(
     """
     reader.check_dense()
     cfg = reader.config
+    if recipe.rope is not None:
+        check_rotary_layout(reader.raw_config)
     layers = plan_layers(cfg, recipe)
     untie = recipe.rotate is not None and recipe.rotate.residual and cfg.tie_word_embeddings
     tensors = _output_tensors(reader, layers, dtype)

@@ -20,7 +20,13 @@ from quant.calibration.data import calibration_windows, load_tokens
 from quant.calibration.pipeline import BlockPipeline
 from quant.calibration.plan import RunPlan, make_plan, open_store
 from quant.calibration.site import MAX_ERROR, SiteFailed
-from quant.calibration.streaming import Run, check_on_failure, quantize_blocks, write_outer
+from quant.calibration.streaming import (
+    Run,
+    check_on_failure,
+    keys_of,
+    quantize_blocks,
+    write_outer,
+)
 from quant.checkpoint.compressed_tensors import (
     REPORT_FILE,
     SIDE_FILE,
@@ -30,6 +36,7 @@ from quant.checkpoint.compressed_tensors import (
 from quant.checkpoint.journal import JOURNAL_VERSION, Fingerprint, Journal
 from quant.checkpoint.reader import CheckpointReader, load_tokenizer
 from quant.checkpoint.shards import header_bytes, parse_size
+from quant.checkpoint.side import Side, side_keys, write_side_tensors
 from quant.checkpoint.source import resolve_model
 from quant.checkpoint.writer import (
     COPIED,
@@ -212,7 +219,10 @@ def quantize(
             on_progress(Progress("write", 0, 1, str(output)))
             ignored = tuple(row.name for row in pipeline.plan.values() if row.fmt is None)
             write_outer(run)
-            _write_texts(reader, writer, recipe, model, ignored, options.dtype)
+            keys = [keys_of(journal, layer) for layer in range(reader.config.num_layers)]
+            side = Side(recipe.kv_format, tuple(k for k in keys if k is not None))
+            _write_texts(reader, writer, recipe, model, ignored, options.dtype, side)
+            write_side_tensors(writer.directory, side)
             writer.write_text(REPORT_FILE, to_jsonl(rows))
             writer.copy_companions(directory)
             writer.finish()
@@ -458,6 +468,7 @@ def _write_texts(
     model: str,
     ignored: tuple[str, ...],
     dtype: torch.dtype | None,
+    kept: Side,
 ) -> None:
     """config.json and fourbyeight.json."""
     from quant import __version__
@@ -477,6 +488,7 @@ def _write_texts(
         "scheme": recipe.scheme,
         "group_size": recipe.group_size,
         "numerics": recipe.weight_format.numerics,
+        **side_keys(kept),
         "recipe": recipe.to_dict(),
     }
     writer.write_json(SIDE_FILE, side)

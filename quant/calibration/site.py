@@ -17,6 +17,8 @@ from quant.calibration.compensation import compensate
 from quant.calibration.hessian import LARGEST_DAMPING, InputHessian, NotPositiveDefinite
 from quant.calibration.scales import choose_scales
 from quant.passes import CompensatePass, Rounding
+from quant.report import LayerReport
+from quant.schemes import LayerPlan
 from quant_kernels.formats import WeightFormat, effective_weight, nearest_codes
 from quant_kernels.packing import PackedWeight, pack_int4
 
@@ -51,6 +53,24 @@ class Quantized:
     error_before: float
     error_after: float
     damping: float | None
+
+
+def report_row(plan: LayerPlan, found: Quantized, smoothing: str, seconds: float) -> LayerReport:
+    """What a quantized linear has to say."""
+    fmt = found.weight.fmt
+    return LayerReport(
+        name=plan.name,
+        shape=plan.shape,
+        scheme=fmt.scheme,
+        group_size=fmt.group_size,
+        numerics=fmt.numerics,
+        bits_per_weight=plan.bits_per_weight,
+        error_before=found.error_before,
+        error_after=found.error_after,
+        damping=found.damping,
+        smoothing=smoothing,
+        seconds=seconds,
+    )
 
 
 def part_elements(block_elements: int) -> int:

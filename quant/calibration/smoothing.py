@@ -21,7 +21,7 @@ FireQ tunes c, because the absolute level of W decides where its group scales fa
 subnormals. Ours are relative to a row unit (`formats.py`), so that c cancels; it is what makes the
 mean of log s zero.
 
-"search": these, exponents of the activations' and the weights' sizes, and no smoothing at all; the
+"search": thresholds and columns as above, powers of the inputs' sizes, and no smoothing at all; the
 least expected error of the linears' outputs is taken. With H + damping = L L^T the rounding of a
 compensated column k costs L[k, k]^2 times its square (`compensation.py`), so
 
@@ -36,7 +36,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quant.architectures import SITES
+from quant.calibration.block import BlockWork
+from quant.calibration.folding import fold, shared_by
 from quant.calibration.hessian import InputHessian
+from quant.calibration.inputs import SiteInputs
 from quant.calibration.scales import choose_scales
 from quant.passes import SmoothPass
 from quant_kernels import reference
@@ -51,12 +55,14 @@ from quant_kernels.reference import ExpandedWeight
 # The linears' outputs, [T, N] each in the order of the site -> what the site computes of them.
 Function = Callable[[list[Tensor]], Tensor]
 
+# Tokens that the search sees, in whole windows.
+SAMPLED_TOKENS = 1024
 THRESHOLDS = 16
 # Rows of each linear that stand for all of them in the search, evenly spaced.
 SEARCHED_ROWS = 256
 SMALL = 1e-6
-STRENGTHS = (0.25, 0.5, 0.75)
-QUANTILES = (0.5, 0.75, 0.9, 0.97)
+STRENGTHS = (0.25, 0.5)
+QUANTILES = (0.9, 0.97, 0.99, 0.998)
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,60 @@ class Site:
             return values
         grouped = values.view(-1, self.shared, self.head_dim)
         return grouped.amax(dim=1, keepdim=True).expand_as(grouped).reshape(-1)
+
+
+@dataclass(frozen=True)
+class SiteWork:
+    """A site of a block at work: the linears to quantize, by name inside the block, their format,
+    and the inputs that wait, with their Hessian and max|x| [K]."""
+
+    block: BlockWork
+    site: str
+    planned: Sequence[str]
+    fmt: WeightFormat
+    inputs: SiteInputs
+    hessian: InputHessian
+    amax: Tensor
+
+
+def smooth_site(
+    work: SiteWork, step: SmoothPass, damping: float, rope: tuple[Tensor, Tensor]
+) -> str:
+    """Choose a site's scales and fold them; inputs, Hessian and all weights follow.
+
+    Returns what was chosen. damping: of the search's Hessian. rope: of the windows' positions.
+    """
+    cfg, block, names = work.block.cfg, work.block, SITES[work.site]
+    device = work.amax.device
+    windows = work.inputs.sample(SAMPLED_TOKENS)
+    tokens, shape = windows.flatten(0, 1), tuple(windows.shape[:2])
+    weights = {name: block.tensors[f"{name}.weight"].to(device) for name in names}
+
+    def function(outputs: list[Tensor]) -> Tensor:
+        apart = [y.unflatten(0, shape) for y in outputs]
+        return block.site_function(work.site, apart, names, rope)
+
+    site = Site(
+        weights=list(weights.values()),
+        fmt=work.fmt,
+        sample=SiteSample(tokens, work.amax),
+        hessian=work.hessian,
+        function=function,
+        shared=shared_by(cfg, work.site),
+        head_dim=cfg.head_dim,
+    )
+    s, label = choose_smoothing(site, step, damping)
+    if label == "none":
+        s = torch.ones_like(s)
+    else:
+        s = fold(cfg, work.site, block.tensors, block.packed, s)
+        for name, weight in weights.items():
+            # What is to be quantized need not be rounded before.
+            dtype = torch.float32 if name in work.planned else weight.dtype
+            block.tensors[f"{name}.weight"] = (weight.float() * s).to(dtype)
+        work.inputs.divisor = s
+    work.hessian.rescale(s, activation_noise(tokens / s, work.fmt))
+    return label
 
 
 def choose_smoothing(site: Site, step: SmoothPass, damping: float) -> tuple[Tensor, str]:
@@ -147,7 +207,7 @@ def _search(site: Site, damping: float) -> tuple[Tensor, str]:
     weights = torch.cat(rows)
     energy = weights.square().sum(dim=0)
     best, best_s, best_label = torch.inf, torch.ones_like(pivots), "none"
-    for label, s in _candidates(site, weights):
+    for label, s in _candidates(site):
         x = site.sample.tokens / s
         noise = activation_noise(x, site.fmt)
         w, importance = weights * s, pivots / s.square()
@@ -159,14 +219,13 @@ def _search(site: Site, damping: float) -> tuple[Tensor, str]:
     return best_s, best_label
 
 
-def _candidates(site: Site, weights: Tensor) -> Iterator[tuple[str, Tensor]]:
+def _candidates(site: Site) -> Iterator[tuple[str, Tensor]]:
     """(label, s [K]) worth trying."""
-    x_max, w_max = site.tie(site.sample.amax), site.tie(weights.abs().amax(dim=0))
-    x_max, w_max = x_max.clamp_min(SMALL), w_max.clamp_min(SMALL)
+    x_max = site.tie(site.sample.amax).clamp_min(SMALL)
     moments = site.tie(site.hessian.second_moments).clamp_min(SMALL**2).sqrt()
     yield "none", torch.ones_like(x_max)
+    # A power of the input's size (AWQ, Lin et al., 2023, eq. 5).
     for a in STRENGTHS:
-        yield f"x^{a:g} w^{1 - a:g}", _centred(x_max**a / w_max ** (1 - a))
         yield f"rms^{a:g}", _centred(moments**a)
     yield "channel^0.5", _homogeneous(site, 0.5)
     for q in QUANTILES:

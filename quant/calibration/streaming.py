@@ -27,6 +27,7 @@ from quant.checkpoint.journal import Journal, Part
 from quant.checkpoint.reader import CheckpointReader
 from quant.checkpoint.shards import Entry
 from quant.checkpoint.writer import CheckpointWriter, finite
+from quant.decoder import KeyTransform
 from quant.errors import RequestError, WorkFailed
 from quant.memory import release_free_memory
 from quant.report import LayerReport, OnProgress, Progress, SkippedLayers
@@ -90,6 +91,7 @@ def quantize_blocks(run: Run) -> tuple[list[LayerReport], list[SkippedLayers]]:
                 report=tuple(asdict(row) for row in block.rows),
                 skipped=tuple(asdict(item) for item in left),
                 activations=on_disk,
+                keys=None if block.keys is None else block.keys.to_lists(),
             )
             pending = thread.submit(_record, run, part, tensors, seal)
             if not on_disk:
@@ -142,11 +144,11 @@ def _take_up(run: Run, first: int) -> None:
         return
     pipeline.embed()
     for layer in range(first):
-        pipeline.forward(layer, *_finished(run, layer))
+        pipeline.forward(layer, _finished(run, layer))
 
 
-def _finished(run: Run, layer: int) -> tuple[dict[str, PackedWeight], dict[str, Tensor]]:
-    """What became of a block: packed linears, and what stays, by name inside the block."""
+def _finished(run: Run, layer: int) -> QuantizedBlock:
+    """What became of a block that the journal has; without its report."""
     pipeline, prefix = run.pipeline, block_prefix(layer)
     entries = {entry.name: entry for entry in run.journal.entries}
 
@@ -161,7 +163,17 @@ def _finished(run: Run, layer: int) -> tuple[dict[str, PackedWeight], dict[str, 
             packed[name] = PackedWeight(words, scales, fmt)
     shapes = run.reader.config.block_shapes()
     kept = {name: read(name) for name in shapes if name.removesuffix(".weight") not in packed}
-    return packed, kept
+    keys = keys_of(run.journal, layer)
+    return QuantizedBlock(packed, kept, keys.to(pipeline.device) if keys else None)
+
+
+def keys_of(journal: Journal, layer: int) -> KeyTransform | None:
+    """What is done to the keys of a finished block."""
+    part = next(part for part in journal.parts if part.name == str(layer))
+    if part.keys is None:
+        return None
+    scale, shift = (torch.tensor(rows, dtype=torch.float32) for rows in part.keys)
+    return KeyTransform(scale, shift)
 
 
 def _record(

@@ -19,7 +19,7 @@ from typing import Any
 from quant.checkpoint.shards import Entry, flush_to_disk
 from quant.errors import RequestError, WorkFailed
 
-JOURNAL_VERSION = 1
+JOURNAL_VERSION = 2
 # Said of a difference in these, with what to do about it.
 FIELD_NAMES = {
     "versions": "version of",
@@ -62,7 +62,8 @@ class Part:
     """A finished part: "embedding", or the number of a block.
 
     entries: its tensors in the shards. report: rows of the report. skipped: sites left alone, with
-    the reason. activations: whether the next block's input is kept on disk.
+    the reason. activations: whether the next block's input is kept on disk. keys: the scale and the
+    shift of a block's keys (`side.py`), [Hk, D] each, or nothing.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Part:
     report: tuple[dict[str, Any], ...] = ()
     skipped: tuple[dict[str, Any], ...] = ()
     activations: bool = False
+    keys: tuple[list[list[float]], list[list[float]]] | None = None
 
 
 class Journal:

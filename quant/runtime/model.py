@@ -24,16 +24,20 @@ from quant.checkpoint.compressed_tensors import (
     parse_quantization_config,
 )
 from quant.checkpoint.reader import CheckpointReader
+from quant.checkpoint.side import read_side
 from quant.decoder import (
     Attention,
+    KeyTransform,
     Linear,
     block_forward,
     causal_attention,
+    quantized_attention,
     rms_norm,
     rotary_table,
 )
 from quant.errors import RequestError
 from quant_kernels.formats import WeightFormat, on_grid
+from quant_kernels.kv4 import KVFormat
 from quant_kernels.packing import PackedWeight
 
 # layer -> how its queries meet keys and values: over the sequence itself, or over a cache
@@ -42,17 +46,23 @@ AttentionOf = Callable[[int], Attention]
 
 @dataclass(frozen=True)
 class Block:
-    """One decoder block: norm weights and linears by their names inside the block."""
+    """One decoder block: norm weights and linears by their names inside the block.
+
+    keys: what is done to keys and queries after RoPE, so that keys lose less in a quantized cache.
+    """
 
     norms: Mapping[str, Tensor]
     linears: Mapping[str, Linear]
+    keys: KeyTransform | None = None
 
 
 @dataclass(frozen=True)
 class Decoder:
     """A loaded model: embedding [V, H], blocks, final norm [H], lm_head [V, H] (maybe tied).
 
-    fmt: the weight format of its packed linears; None for a dense checkpoint.
+    fmt: the weight format of its packed linears; None for a dense checkpoint. kv: what keys and
+    values are rounded to; None: they stay as computed. A cache still stores them in the model's
+    dtype, after rounding: the numbers are those of the quantized cache, the memory is not.
     """
 
     config: DecoderConfig
@@ -61,6 +71,7 @@ class Decoder:
     blocks: tuple[Block, ...]
     norm: Tensor
     lm_head: Tensor
+    kv: KVFormat | None = None
 
     @property
     def device(self) -> torch.device:
@@ -75,7 +86,8 @@ class Decoder:
     ) -> Tensor:
         """tokens and positions [B, S] int -> the last block's output after the norm, [B, S, H].
 
-        attention_of: per layer; the default is causal attention inside the B sequences.
+        attention_of: per layer; the default is causal attention inside the B sequences. Either
+        sees queries and keys with the key transform applied, and all rounded as `kv` says.
         """
         cfg = self.config
         rope = rotary_table(cfg, positions)
@@ -86,6 +98,8 @@ class Decoder:
                 if attention_of is not None
                 else causal_attention(cfg.sliding_windows[layer])
             )
+            if self.kv is not None or block.keys is not None:
+                attend = quantized_attention(attend, self.kv, block.keys)
             hidden = block_forward(cfg, block.norms, block.linears, hidden, rope, attend)
         return rms_norm(hidden, self.norm, cfg.rms_norm_eps)
 
@@ -111,6 +125,8 @@ def load_decoder(
     fmt = parse_quantization_config(directory, reader.raw_config)
     ignore = (reader.raw_config.get("quantization_config") or {}).get("ignore") or []
     cfg = reader.config
+    side = read_side(directory, cfg)
+    keys = [transform.to(device) for transform in side.keys]
     reader.check_shapes(cfg.outer_shapes())
     reader.check_tied()
     embedding = reader.read(f"{EMBEDDING}.weight", dtype).to(device)
@@ -136,7 +152,9 @@ def load_decoder(
             linears[name] = Linear(weight, bias)
         norms = {name: shape for name, shape in shapes.items() if "norm" in name}
         reader.check_shapes({prefix + name: shape for name, shape in norms.items()})
-        blocks.append(Block({name: read(prefix + name) for name in norms}, linears))
+        blocks.append(
+            Block({n: read(prefix + n) for n in norms}, linears, keys[layer] if keys else None)
+        )
     return Decoder(
         config=cfg,
         fmt=fmt,
@@ -144,6 +162,7 @@ def load_decoder(
         blocks=tuple(blocks),
         norm=read(f"{FINAL_NORM}.weight"),
         lm_head=embedding if cfg.tie_word_embeddings else read(f"{LM_HEAD}.weight"),
+        kv=side.kv,
     )
 
 

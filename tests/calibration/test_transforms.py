@@ -138,13 +138,16 @@ RECIPES = {
     "rotate": "- rotate\n  - compensate",
     "feedback": "- compensate: {feedback: 0.5}",
     "all": "- rotate: {seed: 7}\n  - smooth: {method: search}\n  - compensate: {feedback: 0.7}",
+    "keys": "- rope\n  - compensate",
+    "pairs": "- rope: {pre: 0.5, post: channels, top_k: 3}\n  - compensate: {feedback: 0.5}",
     "rounded": "- rotate: {heads: false}\n  - smooth: {method: channel}\n  - round",
 }
 
 
 def write_recipe(name: str, folder) -> str:
     path = folder / f"{name}.yaml"
-    path.write_text(f"passes:\n  {RECIPES[name]}\n")
+    kv = "kv_cache: kv4\n" if "rope" in RECIPES[name] else ""
+    path.write_text(f"{kv}passes:\n  {RECIPES[name]}\n")
     return str(path)
 
 
@@ -195,10 +198,10 @@ def test_calibration_ends_with_the_hidden_states_of_the_stored_checkpoint(
     theirs, ours = logits(dense), logits(stored)
     assert float((ours - theirs).square().sum() / theirs.square().sum()) < 0.4
     assert {bool(row.smoothing) for row in report.layers} <= {True, False}
-    assert any(row.smoothing for row in report.layers) == (recipe not in ("rotate", "feedback"))
+    assert any(row.smoothing for row in report.layers) == ("smooth" in RECIPES[recipe])
 
 
-@pytest.mark.parametrize("recipe", ["search", "feedback", "all"])
+@pytest.mark.parametrize("recipe", ["search", "feedback", "all", "pairs", "keys"])
 @pytest.mark.parametrize("offload", ["cpu", "disk"])
 def test_a_resumed_run_writes_the_same_bytes(
     recipe, offload, tiny_checkpoint, calibration, tmp_path

@@ -1,0 +1,341 @@
+"""RoPE-aware key scales leave the model as it is, and make the rounding of keys cost less."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from quant.architectures import DecoderConfig
+from quant.calibration.rope import (
+    channel_scale,
+    check_rotary_layout,
+    fold_pair_scale,
+    pair_scale,
+    shared_pairs,
+    without_scaled_pairs,
+)
+from quant.decoder import (
+    Attention,
+    KeyTransform,
+    Linear,
+    causal_attention,
+    quantized_attention,
+)
+from quant.errors import RequestError
+from quant.runtime.kv_cache import KVCache
+from quant.runtime.model import Block, Decoder, load_decoder
+from quant_kernels.kv4 import KVFormat, dequantize_kv, quantize_kv
+
+TOLERANCE = 1e-3
+NOTICEABLE = 10 * TOLERANCE
+
+
+def random_tokens(length: int = 40) -> Tensor:
+    return torch.randint(0, 256, (2, length), generator=torch.Generator().manual_seed(1))
+
+
+def logits_of(decoder: Decoder, tokens: Tensor) -> Tensor:
+    positions = torch.arange(tokens.shape[1]).unsqueeze(0)
+    return decoder.logits(decoder.hidden_states(tokens, positions))
+
+
+def random_scale(*shape: int, seed: int = 0) -> Tensor:
+    """From 1/4 to 4, no two alike."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(shape, generator=generator).mul(4).sub(2).exp2()
+
+
+def random_transform(cfg: DecoderConfig, seed: int) -> KeyTransform:
+    shape = cfg.num_kv_heads, cfg.head_dim
+    sign = torch.where(random_scale(*shape, seed=seed + 50) > 1, 1.0, -1.0)
+    shift = 3 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return KeyTransform(sign * random_scale(*shape, seed=seed), shift)
+
+
+def with_folded_pairs(decoder: Decoder, scales: list[Tensor]) -> Decoder:
+    blocks = []
+    for block, n in zip(decoder.blocks, scales, strict=True):
+        tensors = dict(block.norms)
+        for name, linear in block.linears.items():
+            assert isinstance(linear.weight, Tensor)
+            tensors[f"{name}.weight"] = linear.weight
+            if linear.bias is not None:
+                tensors[f"{name}.bias"] = linear.bias
+        folded = fold_pair_scale(tensors, decoder.config, n)
+        tensors |= folded
+        linears = {
+            name: Linear(tensors[f"{name}.weight"], tensors.get(f"{name}.bias"))
+            for name in block.linears
+        }
+        blocks.append(Block({name: tensors[name] for name in block.norms}, linears, block.keys))
+    return dataclasses.replace(decoder, blocks=tuple(blocks))
+
+
+def with_keys(decoder: Decoder, keys: list[KeyTransform], kv: KVFormat | None = None) -> Decoder:
+    blocks = tuple(
+        dataclasses.replace(block, keys=one)
+        for block, one in zip(decoder.blocks, keys, strict=True)
+    )
+    return dataclasses.replace(decoder, blocks=blocks, kv=kv)
+
+
+def with_ratio(decoder: Decoder, ratio: int, seed: int = 5) -> Decoder:
+    """The decoder with 2 KV heads and ratio query heads to each, of random weights."""
+    cfg = dataclasses.replace(decoder.config, num_kv_heads=2, num_heads=2 * ratio)
+    generator = torch.Generator().manual_seed(seed)
+    blocks = []
+    for block in decoder.blocks:
+        linears = dict(block.linears)
+        for name in linears:
+            if name.startswith("self_attn"):
+                shape = cfg.linear_shape(name)
+                weight = 0.15 * torch.randn(shape, generator=generator)
+                bias = None
+                if cfg.has_bias(name):
+                    bias = 0.3 * torch.randn(shape[0], generator=generator)
+                linears[name] = Linear(weight, bias)
+        blocks.append(Block(block.norms, linears))
+    return dataclasses.replace(decoder, config=cfg, blocks=tuple(blocks))
+
+
+def pair_scales(cfg: DecoderConfig) -> list[Tensor]:
+    heads = 1 if cfg.qk_norm else cfg.num_kv_heads
+    return [random_scale(heads, cfg.head_dim // 2, seed=i) for i in range(cfg.num_layers)]
+
+
+def transforms(cfg: DecoderConfig) -> list[KeyTransform]:
+    return [random_transform(cfg, 10 + i) for i in range(cfg.num_layers)]
+
+
+def check_equivalence(decoder: Decoder) -> None:
+    tokens = random_tokens()
+    expected = logits_of(decoder, tokens)
+    folded = with_folded_pairs(decoder, pair_scales(decoder.config))
+    both = with_keys(folded, transforms(decoder.config))
+    for changed in (folded, with_keys(decoder, transforms(decoder.config)), both):
+        assert float((logits_of(changed, tokens) - expected).abs().max()) < TOLERANCE
+
+
+def test_every_architecture_computes_the_same(kind, tiny_checkpoint):
+    check_equivalence(load_decoder(tiny_checkpoint(kind), dtype=torch.float32))
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("ratio", [1, 3, 8])
+def test_every_gqa_ratio_computes_the_same(kind, ratio, tiny_checkpoint):
+    decoder = load_decoder(tiny_checkpoint(kind), dtype=torch.float32)
+    check_equivalence(with_ratio(decoder, ratio))
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+def test_every_folded_tensor_counts(kind, tiny_checkpoint):
+    # Equivalence by doing nothing would pass above: with one tensor left as it was, it must not.
+    decoder = load_decoder(tiny_checkpoint(kind), dtype=torch.float32)
+    tokens = random_tokens()
+    expected = logits_of(decoder, tokens)
+    n = pair_scales(decoder.config)[0]
+    block = decoder.blocks[0]
+    tensors = {**block.norms}
+    for name, linear in block.linears.items():
+        tensors[f"{name}.weight"] = linear.weight
+        tensors[f"{name}.bias"] = linear.bias
+    folded = fold_pair_scale(tensors, decoder.config, n)
+    part = "norm" if decoder.config.qk_norm else "proj"
+    wanted = {f"self_attn.{x}_{part}.weight" for x in "qk"}
+    wanted |= {f"self_attn.{x}_proj.bias" for x in "qk"} if kind == "qwen2" else set()
+    assert set(folded) == wanted
+    for name in wanted:
+        mixed = {**tensors, **folded, name: tensors[name]}
+        linears = {
+            linear: Linear(mixed[f"{linear}.weight"], mixed[f"{linear}.bias"])
+            for linear in block.linears
+        }
+        changed = Block({norm: mixed[norm] for norm in block.norms}, linears)
+        blocks = (changed, *decoder.blocks[1:])
+        moved = logits_of(dataclasses.replace(decoder, blocks=blocks), tokens) - expected
+        assert float(moved.abs().max()) > NOTICEABLE, name
+
+
+def test_a_scale_that_differs_inside_a_pair_does_not_commute(tiny_checkpoint):
+    decoder = load_decoder(tiny_checkpoint("llama"), dtype=torch.float32)
+    block, cfg = decoder.blocks[0], decoder.config
+    uneven = random_scale(cfg.num_kv_heads * cfg.head_dim, 1)
+    ratio = cfg.num_heads // cfg.num_kv_heads
+    for_q = uneven.view(cfg.num_kv_heads, -1).repeat_interleave(ratio, 0).view(-1, 1)
+    linears = dict(block.linears)
+    linears["self_attn.k_proj"] = Linear(linears["self_attn.k_proj"].weight * uneven, None)
+    linears["self_attn.q_proj"] = Linear(linears["self_attn.q_proj"].weight / for_q, None)
+    blocks = (Block(block.norms, linears), *decoder.blocks[1:])
+    tokens = random_tokens()
+    moved = logits_of(dataclasses.replace(decoder, blocks=blocks), tokens)
+    assert float((moved - logits_of(decoder, tokens)).abs().max()) > NOTICEABLE
+
+
+def test_fold_refuses_scales_of_other_heads(tiny_checkpoint):
+    decoder = load_decoder(tiny_checkpoint("qwen3"), dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"\[3, 16\]; expected \[1, 16\]"):
+        fold_pair_scale({}, decoder.config, torch.ones(3, 16))
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen3"])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_quantized_cache_token_by_token_equals_one_prefill(kind, symmetric, tiny_checkpoint):
+    decoder = load_decoder(tiny_checkpoint(kind), dtype=torch.float32)
+    decoder = with_keys(decoder, transforms(decoder.config), KVFormat(symmetric=symmetric))
+    tokens = random_tokens()
+    expected = logits_of(decoder, tokens)
+    cache = KVCache(decoder.config, 2, tokens.shape[1], dtype=torch.float32)
+    for slot in (0, 1):
+        cache.allocate()
+        step = decoder.hidden_states(tokens[slot : slot + 1, :7], *cache.prefill(slot, 7))
+        assert float((decoder.logits(step)[0] - expected[slot, :7]).abs().max()) < TOLERANCE
+    # FP32 sums in another order may move a number over the edge of a step, which a layer later is
+    # a code: rare, so most logits agree closely and none is off by what rounding keys itself costs.
+    errors = []
+    for t in range(7, tokens.shape[1]):
+        step = decoder.hidden_states(tokens[:, t : t + 1], *cache.decode([0, 1]))
+        errors.append((decoder.logits(step)[:, 0] - expected[:, t]).abs().amax(-1))
+    assert float(torch.stack(errors).median()) < TOLERANCE
+    plain = logits_of(dataclasses.replace(decoder, kv=None), tokens)
+    assert float(torch.stack(errors).max()) < float((plain - expected).abs().max())
+
+
+def test_attention_sees_rounded_rows_and_transformed_keys():
+    generator = torch.Generator().manual_seed(2)
+    q, k, v = (torch.randn(1, 5, heads, 16, generator=generator) for heads in (6, 2, 2))
+    keys = KeyTransform(random_scale(2, 16), torch.randn(2, 16, generator=generator))
+    seen = []
+
+    def attend(*given: Tensor) -> Tensor:
+        seen.extend(given)
+        return given[0]
+
+    fmt = KVFormat()
+    quantized_attention(attend, fmt, keys)(q, k, v)
+    assert torch.equal(seen[1], dequantize_kv(quantize_kv((k - keys.shift) * keys.scale, fmt)))
+    assert torch.equal(seen[2], dequantize_kv(quantize_kv(v, fmt)))
+    for h in range(6):
+        wanted = q[:, :, h] / keys.scale[h // 3]
+        error = (seen[0][:, :, h] - wanted).abs()
+        # E4M3 has four significant bits, and a smallest step of 2^-9 of max / 448.
+        bound = wanted.abs() / 16 + wanted.abs().amax(-1, keepdim=True) / 448 / 512
+        assert bool((error <= bound * 1.001).all())
+        assert bool((error > 0).any())
+
+
+@pytest.mark.parametrize("kv", [None, KVFormat()])
+def test_what_a_cache_is_given_is_transformed(kv, tiny_checkpoint):
+    decoder = load_decoder(tiny_checkpoint("llama"), dtype=torch.float32)
+    keys = transforms(decoder.config)
+    given: list[Tensor] = []
+
+    def attention_of(layer: int) -> Attention:
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            given.append(k)
+            return causal_attention(None)(q, k, v)
+
+        return attend
+
+    tokens, positions = random_tokens(), torch.arange(40).unsqueeze(0)
+    decoder.hidden_states(tokens, positions, attention_of)
+    with_keys(decoder, keys, kv).hidden_states(tokens, positions, attention_of)
+    before, after = given[0], given[2]  # of the first layer
+    wanted = (before - keys[0].shift) * keys[0].scale
+    torch.testing.assert_close(
+        after, wanted if kv is None else dequantize_kv(quantize_kv(wanted, kv))
+    )
+
+
+def test_dtype_of_the_model_goes_on(tiny_checkpoint):
+    decoder = load_decoder(tiny_checkpoint("llama"))
+    decoder = with_keys(decoder, transforms(decoder.config), KVFormat())
+    assert logits_of(decoder, random_tokens()).dtype == torch.bfloat16
+
+
+def test_pair_scale_is_a_power_with_geometric_mean_one():
+    largest = random_scale(3, 16) * 10
+    n = pair_scale(largest, 0.5)
+    torch.testing.assert_close(n.log().mean(-1), torch.zeros(3), rtol=0, atol=1e-6)
+    torch.testing.assert_close(n[1] / n[1, 0], (largest[1, 0] / largest[1]).sqrt())
+    assert torch.equal(pair_scale(largest, 0.0), torch.ones(3, 16))
+
+
+def test_channels_that_never_occur_do_not_break_a_scale():
+    largest = random_scale(2, 16)
+    largest[0, 3] = 0
+    largest[1] = 0
+    assert bool(torch.isfinite(pair_scale(largest)).all())
+    assert bool((pair_scale(largest) > 0).all())
+    assert torch.equal(pair_scale(largest)[1], torch.ones(16))
+
+
+def test_channel_scale_takes_the_worst_channels_and_their_partners():
+    largest = random_scale(2, 16)
+    largest[0, 2], largest[0, 13], largest[1, 7] = 50, 40, 60
+    largest[1, 15] = 55
+    s = channel_scale(largest, 0.5, top_k=2)
+    chosen = [{2, 10, 13, 5}, {7, 15}]
+    for h in (0, 1):
+        assert set((s[h] != 1).nonzero().flatten().tolist()) == chosen[h]
+        rest = [c for c in range(16) if c not in chosen[h]]
+        level = largest[h, rest].log().mean().exp()
+        for c in chosen[h]:  # each its own value, so that it comes to the level of the others
+            assert float(s[h, c]) == pytest.approx(float((level / largest[h, c]).sqrt()), rel=1e-5)
+    everywhere = channel_scale(largest, 0.5)
+    assert torch.equal(everywhere, channel_scale(largest, 0.5, top_k=16))
+    torch.testing.assert_close(everywhere.log().mean(-1), torch.zeros(2), rtol=0, atol=1e-6)
+    assert bool((everywhere != 1).all())
+
+
+def test_pairs_that_are_scaled_after_rope_are_not_before():
+    s = torch.ones(2, 8)
+    s[0, 1], s[1, 6] = 0.5, 3
+    n = random_scale(2, 4)
+    found = without_scaled_pairs(n, s)
+    wanted = n.clone()
+    wanted[0, 1] = wanted[1, 2] = 1
+    assert torch.equal(found, wanted)
+    shared = without_scaled_pairs(n[:1], s)  # with QK-norm, all heads share n
+    assert (shared == 1).tolist() == [[False, True, True, False]]
+
+
+def test_shared_pairs_do_not_depend_on_the_level_of_a_head():
+    largest = random_scale(3, 8)
+    found = shared_pairs(largest)
+    assert found.shape == (1, 8)
+    torch.testing.assert_close(shared_pairs(largest * torch.tensor([[1.0], [7.0], [0.1]])), found)
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ({"rope_interleave": True}, "rope_interleave"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.25}}, "partial_rotary_factor"),
+        ({"rotary_pct": 0.25}, "rotary_pct"),
+        ({"rope_scaling": {"rope_interleaved": True}}, "rope_interleaved"),
+    ],
+)
+def test_other_rotary_layouts_are_refused_by_name(config, named):
+    with pytest.raises(RequestError, match=named):
+        check_rotary_layout(config)
+
+
+def test_our_architectures_have_the_rotary_layout(kind, tiny_checkpoint):
+    import json
+
+    check_rotary_layout(json.loads((tiny_checkpoint(kind) / "config.json").read_text()))
+    check_rotary_layout({"rope_scaling": None, "partial_rotary_factor": 1.0})
+
+
+def test_causal_attention_is_blind_to_a_shift_of_all_keys():
+    generator = torch.Generator().manual_seed(6)
+    q, k, v = (torch.randn(1, 30, heads, 16, generator=generator) for heads in (6, 2, 2))
+    shift = KeyTransform(torch.ones(2, 16), 2 * torch.randn(2, 16, generator=generator))
+    for window in (None, 7):
+        attend = causal_attention(window)
+        found = quantized_attention(attend, None, shift)(q, k, v)
+        torch.testing.assert_close(found, attend(q, k, v), rtol=0, atol=1e-5)
