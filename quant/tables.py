@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
+from quant.evaluation.ablation_report import table_cells
 from quant.report import RunReport
 
 if TYPE_CHECKING:
@@ -15,7 +16,9 @@ if TYPE_CHECKING:
     from quant.checkpoint.inspection import Inspection
     from quant.demo import DemoResult
     from quant.doctor import Diagnosis
+    from quant.evaluation.ablation import AblationResult
     from quant.evaluation.perplexity import Perplexity
+    from quant.evaluation.tasks import TaskResults
 
 # The layers that lost most are what a reader looks for first.
 WORST_LAYERS = 5
@@ -89,8 +92,8 @@ def memory_line(report: RunReport) -> str:
 
 def asked_damping(report: RunReport) -> float:
     """The damping of the recipe, which a stubborn Hessian may have raised."""
-    options = next(iter(report.recipe["passes"][0].values()))
-    return float(options.get("damping", 0.0))
+    options = [options for step in report.recipe["passes"] for options in step.values()]
+    return float(next((found["damping"] for found in options if "damping" in found), 0.0))
 
 
 def plan_table(plan: RunPlan) -> Table:
@@ -133,6 +136,36 @@ def perplexity_table(model: str, dataset: str, result: Perplexity) -> Table:
         ("peak memory", size(result.peak_memory_bytes)),
     ]
     return key_value(model, rows)
+
+
+def tasks_table(model: str, results: TaskResults) -> Table:
+    table = Table(
+        title=Text(model),
+        caption=f"{results.seconds:.1f} s, peak memory {size(results.peak_memory_bytes)}",
+        title_justify="left",
+        caption_justify="left",
+    )
+    for column in ("task", "accuracy", "per character", "items", "seconds"):
+        table.add_column(column, justify="left" if column == "task" else "right", no_wrap=True)
+    for row in results.tasks:
+        error = "" if row.standard_error is None else f" ± {row.standard_error:.1%}"
+        norm = "" if row.accuracy_norm is None else f"{row.accuracy_norm:.1%}"
+        accuracy = f"{row.accuracy:.1%}{error}"
+        table.add_row(row.name, accuracy, norm, f"{row.items:,}", f"{row.seconds:.1f}")
+    if len(results.tasks) > 1:
+        table.add_section()
+        table.add_row("mean", f"{results.mean_accuracy:.1%}")
+    return table
+
+
+def ablation_table(result: AblationResult) -> Table:
+    header, rows = table_cells(result)
+    table = Table(title=Text(result.model), title_justify="left")
+    for i, column in enumerate(header):
+        table.add_column(column, justify="right" if i else "left")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
 
 
 def inspection_table(found: Inspection) -> Table:
