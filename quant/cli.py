@@ -66,7 +66,9 @@ def run(
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="OUT", help="Directory to make.")
     ],
-    recipe: Annotated[str, typer.Option(help="A preset (gptq, rtn) or a YAML file.")] = "gptq",
+    recipe: Annotated[
+        str, typer.Option(help="A preset (best, gptq, qqq, fireq, rtn) or a YAML file.")
+    ] = "best",
     scheme: Annotated[
         str | None, typer.Option(help="w4afp8 or w4a8. (default: w4afp8, or the recipe)")
     ] = None,
@@ -76,6 +78,10 @@ def run(
     ] = None,
     numerics: Annotated[
         str | None, typer.Option(help="w4afp8: lut or exact. (default: lut, or the recipe)")
+    ] = None,
+    kv_cache: Annotated[
+        str | None,
+        typer.Option(help="none, kv4 or kv4-symmetric. (default: none, or the recipe)"),
     ] = None,
     dataset: Annotated[
         str | None,
@@ -125,6 +131,7 @@ def run(
         "scheme": scheme,
         "group_size": group_size,
         "numerics": numerics,
+        "kv_cache": kv_cache,
         "dataset": dataset,
         "num_calibration_samples": num_calibration_samples,
         "max_seq_length": max_seq_length,

@@ -43,7 +43,7 @@ from quant.passes import (
 from quant_kernels.formats import NUMERICS, FormatError, WeightFormat
 from quant_kernels.kv4 import KVFormat
 
-DEFAULT_PRESET = "gptq"
+DEFAULT_PRESET = "best"
 KV_CACHES = {"none": None, "kv4": KVFormat(), "kv4-symmetric": KVFormat(symmetric=True)}
 
 

@@ -184,8 +184,15 @@ def test_presets_load_and_round_trip(name):
     assert again.weight_format == recipe.weight_format
 
 
-def test_default_preset_is_a_preset_and_what_recipe_means():
-    assert load_recipe(DEFAULT_PRESET) == Recipe()
+def test_default_preset_is_a_preset_and_the_commands_default():
+    from typer.main import get_command
+
+    from quant.cli import app
+
+    assert DEFAULT_PRESET in presets()
+    (option,) = (p for p in get_command(app).commands["run"].params if p.name == "recipe")
+    assert option.default == DEFAULT_PRESET
+    assert load_recipe("gptq") == Recipe()
 
 
 @pytest.mark.parametrize("name", presets())
@@ -197,7 +204,7 @@ def test_presets_run(name, tiny_checkpoint, calibration, tmp_path):
     assert len(report.layers) == 14
     for row in report.layers:
         assert row.error_after <= row.error_before
-        assert (row.damping is None) == isinstance(recipe.passes[0], RoundPass)
+        assert (row.damping is None) == isinstance(recipe.rounding, RoundPass)
 
 
 def test_recipe_is_found_by_path_and_by_name(tmp_path, monkeypatch):
@@ -208,7 +215,7 @@ def test_recipe_is_found_by_path_and_by_name(tmp_path, monkeypatch):
     assert load_recipe("mine.yaml") == PARSED
     # A folder of a preset's name does not hide the preset.
     (tmp_path / DEFAULT_PRESET).mkdir()
-    assert load_recipe(DEFAULT_PRESET) == Recipe()
+    assert load_recipe(DEFAULT_PRESET).smooth is not None
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,10 @@ INPUTS = "inputs"
 
 
 class SiteInputs:
-    """Batches [B, S, K] of one site at a time; `divisor` [K] is what they have been smoothed by."""
+    """Batches [B, S, K] of one site at a time, each until the next site's takes its place.
+
+    divisor [K]: what those that are read have been smoothed by; None: by nothing.
+    """
 
     def __init__(self, store: ActivationStore, batches: int) -> None:
         self._store = store
@@ -25,12 +28,10 @@ class SiteInputs:
 
     def put_quantized(self, i: int, x: Tensor, activation: str) -> None:
         """Keep x [B, S, K] as codes of an activation type, and scales."""
-        self.divisor = None
         self._store.put(INPUTS, i, *reference.quantize_activation(x.flatten(0, 1), activation))
 
     def put(self, i: int, x: Tensor, dtype: torch.dtype) -> None:
         """Keep x [B, S, K] dense."""
-        self.divisor = None
         self._store.put(INPUTS, i, x.to(dtype))
 
     def dense(self, i: int) -> Tensor:

@@ -322,6 +322,7 @@ class BlockPipeline:
 
     def _enter(self, layer: int, block: Mapping[str, Tensor]) -> None:
         started = time.perf_counter()
+        self._inputs.divisor = None
         for i in range(len(self._batches)):
             self._tick(layer, "qkv")
             (hidden,) = self.store.get(hidden_name(layer), i)
@@ -405,6 +406,7 @@ class BlockPipeline:
                     self.store.forget(hidden_name(layer), i)
             if following is not None:
                 self._keep(layer, following, i, x)
+        self._inputs.divisor = None  # from here on the next site's inputs are read
         self.seconds.tokens += time.perf_counter() - started
 
     def _outputs(self, work: BlockWork, site: str) -> Callable[[int], list[Tensor]]:

@@ -161,11 +161,13 @@ def test_calibration_ends_with_the_hidden_states_of_the_stored_checkpoint(
     def spy(cfg, norms, site, *rest):
         hidden, x = original(cfg, norms, site, *rest)
         if site == "down":
-            last[:] = [hidden]
+            last[:] = [hidden]  # the last batch's
         return hidden, x
 
     original = pipeline.advance
     monkeypatch.setattr(pipeline, "advance", spy)
+    # Several batches of windows, of which the last is collected above; it is shorter.
+    monkeypatch.setattr(pipeline, "TOKENS_AT_ONCE", 4 * calibration["max_seq_length"])
     # In BF16, as they wait otherwise, some percent of the codes would be others.
     monkeypatch.setattr(pipeline, "WAITING", torch.float32)
     # A layer that stays as it is has to be scaled and turned with the others.
@@ -189,10 +191,12 @@ def test_calibration_ends_with_the_hidden_states_of_the_stored_checkpoint(
     stored = load_decoder(tmp_path / "out", dtype=torch.float32)
     positions = torch.arange(windows.shape[1]).unsqueeze(0)
     expected = rms_norm(last[0], stored.norm, cfg.rms_norm_eps)
-    found = stored.hidden_states(windows, positions)
+    found = stored.hidden_states(windows, positions)[-len(expected) :]
+    assert 0 < len(expected) < len(windows)
     assert found.std() > 0.5
-    # Dividing by s here and by what took it up there may round a code to its neighbour.
-    assert (found - expected).abs().mean() < 5e-3
+    # Dividing by s here and by what took it up there rounds a few codes to their neighbours.
+    assert (found - expected).abs().median() < 2e-3
+    assert (found - expected).abs().mean() < 3e-2
     # And it is still the model: a transform that is wrong loses everything.
     dense = load_decoder(source, dtype=torch.float32)
     theirs, ours = logits(dense), logits(stored)
@@ -204,8 +208,9 @@ def test_calibration_ends_with_the_hidden_states_of_the_stored_checkpoint(
 @pytest.mark.parametrize("recipe", ["search", "feedback", "all", "pairs", "keys"])
 @pytest.mark.parametrize("offload", ["cpu", "disk"])
 def test_a_resumed_run_writes_the_same_bytes(
-    recipe, offload, tiny_checkpoint, calibration, tmp_path
+    recipe, offload, tiny_checkpoint, calibration, tmp_path, monkeypatch
 ):
+    monkeypatch.setattr(pipeline, "TOKENS_AT_ONCE", 4 * calibration["max_seq_length"])
     source = str(tiny_checkpoint("llama-biases"))
     options = {"device": "cpu", "group_size": 64, "dtype": "float16", **calibration}
     options |= {"activation_offload": offload}
