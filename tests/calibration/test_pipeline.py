@@ -144,7 +144,7 @@ def test_calibration_ends_with_the_hidden_states_of_the_stored_checkpoint(
 
     original = pipeline.advance
     monkeypatch.setattr(pipeline, "advance", spy)
-    quantize(str(source), tmp_path / "out", device="cpu", group_size=64, **calibration)
+    quantize(str(source), tmp_path / "out", "gptq", device="cpu", group_size=64, **calibration)
     windows = windows_of(source, calibration)
     decoder = load_decoder(tmp_path / "out", dtype=torch.float32)
     expected = rms_norm(last[0], decoder.norm, decoder.config.rms_norm_eps)
@@ -157,9 +157,9 @@ def test_windows_pass_through_in_batches_and_all_of_them_count(
     tiny_checkpoint, calibration, tmp_path, monkeypatch
 ):
     source = str(tiny_checkpoint("llama"))
-    whole = quantize(source, tmp_path / "whole", device="cpu", **calibration)
+    whole = quantize(source, tmp_path / "whole", "gptq", device="cpu", **calibration)
     monkeypatch.setattr(pipeline, "TOKENS_AT_ONCE", 2 * calibration["max_seq_length"])
-    parts = quantize(source, tmp_path / "parts", device="cpu", **calibration)
+    parts = quantize(source, tmp_path / "parts", "gptq", device="cpu", **calibration)
     for a, b in zip(whole.layers, parts.layers, strict=True):
         assert b.error_before == pytest.approx(a.error_before, rel=1e-3)
         assert b.error_after == pytest.approx(a.error_after, rel=0.05)
@@ -171,7 +171,7 @@ def test_windows_pass_through_in_batches_and_all_of_them_count(
 
 def test_two_runs_write_the_same_bytes(quantized, tmp_path):
     again = tmp_path / "again"
-    quantize(str(quantized.source), again, device="cpu", **quantized.overrides)
+    quantize(str(quantized.source), again, "gptq", device="cpu", **quantized.overrides)
     names = sorted(path.name for path in quantized.output.iterdir())
     assert names == sorted(path.name for path in again.iterdir())
     for name in names:
@@ -213,7 +213,7 @@ def test_weight_that_is_not_finite_fails_with_the_layers_name(
     tensor = f"model.layers.1.{name}.weight"
     source = with_tensor(tiny_checkpoint("llama"), tmp_path / "model", tensor, edit)
     with pytest.raises(RequestError, match=rf"model\.layers\.1\.{name}"):
-        quantize(str(source), tmp_path / "out", device="cpu", scheme=scheme, **calibration)
+        quantize(str(source), tmp_path / "out", "gptq", device="cpu", scheme=scheme, **calibration)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
@@ -229,7 +229,7 @@ def test_activations_that_are_not_finite_fail_with_the_layers_name(
     broken = with_tensor(tiny_checkpoint("llama"), tmp_path / "model", norm, edit)
     message = rf"layers\.{layer}\.mlp\.gate_proj .*NaN or Inf in \d+ of 288 .*skip-to-bf16"
     with pytest.raises(WorkFailed, match=message):
-        quantize(str(broken), tmp_path / "out", device="cpu", scheme=scheme, **calibration)
+        quantize(str(broken), tmp_path / "out", "gptq", device="cpu", scheme=scheme, **calibration)
     # Of the failure in block 1, block 0 is kept for --resume.
     assert {path.name for path in tmp_path.iterdir()} == {"model"} | (
         {".out.partial"} if layer else set()
@@ -244,7 +244,7 @@ def test_hessian_that_cannot_be_inverted_fails_with_the_layers_name_and_advice(
 
     monkeypatch.setattr(InputHessian, "factorize", refuse)
     with pytest.raises(WorkFailed, match=r"model\.layers\.0\.self_attn\.q_proj") as caught:
-        quantize(str(tiny_checkpoint("llama")), tmp_path / "out", device="cpu", **calibration)
+        quantize(str(tiny_checkpoint("llama")), tmp_path / "out", "gptq", device="cpu", **calibration)
     assert "damping 1" in str(caught.value)
     assert "more calibration samples" in str(caught.value)
 
