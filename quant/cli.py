@@ -304,7 +304,7 @@ def demo(
 
 def say_what_is_kept(output: Path) -> None:
     """After an interruption: what is done, and how to go on."""
-    from quant.calibration.quantize import finished_blocks
+    from quant.calibration.resume import finished_blocks
 
     if output.expanduser().exists():  # it was refused where it had been there before
         err.print(f"stopped after the last step; {output} is complete")

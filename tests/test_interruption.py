@@ -17,7 +17,7 @@ import pytest
 
 from quant import cli
 from quant.calibration import quantize as calibration
-from quant.calibration.quantize import finished_blocks
+from quant.calibration.resume import finished_blocks
 from quant.checkpoint.writer import work_directory
 
 ROOT = Path(__file__).parents[1]

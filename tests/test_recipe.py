@@ -23,18 +23,21 @@ FULL = """
 scheme: w4a8
 group_size: 64
 numerics: int8
+kv_cache: kv4
 ignore: [model.layers.0.mlp.down_proj, 're:.*k_proj']
 calibration: {dataset: text.jsonl, num_calibration_samples: 3, max_seq_length: 77, seed: 5}
 passes:
-  - compensate: {scales: mse, damping: 0.05, act_order: false, block_size: 32}
+  - compensate: {scales: mse, damping: 0.05, act_order: false, block_size: 32,
+                 feedback: 0.3, ridge: 0.7}
 """
 PARSED = Recipe(
     scheme="w4a8",
     group_size=64,
     numerics="int8",
+    kv_cache="kv4",
     ignore=("model.layers.0.mlp.down_proj", "re:.*k_proj"),
     calibration=Calibration("text.jsonl", 3, 77, 5),
-    passes=(CompensatePass("mse", 0.05, False, 32),),
+    passes=(CompensatePass("mse", 0.05, False, 32, 0.3, 0.7),),
 )
 
 
@@ -77,7 +80,11 @@ def test_whole_numbers_are_numbers():
         ("passes: [{round: {damping: 0.1}}]", "damping", "known: scales"),
         ("passes: [compensat]", "compensat", "did you mean 'compensate'"),
         ("passes: [{rond: {}}]", "rond", "did you mean 'round'"),
-        ("zzz: 1", "zzz", "known: scheme, group_size, numerics, ignore, calibration, passes"),
+        (
+            "zzz: 1",
+            "zzz",
+            "known: scheme, group_size, numerics, kv_cache, ignore, calibration, passes",
+        ),
         ("7: 1", "7", "known: scheme"),
     ],
 )

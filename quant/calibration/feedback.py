@@ -8,7 +8,9 @@ would be missing, by ridge regression on the inputs that the kernel sees:
     W' = argmin_V E|h - h^ - V x^|^2 + ridge tr((V - W) D (V - W)^T),       D = mean(diag H) I
        = W + (C - W H) (H + ridge D)^-1,            C = E[(h - h^) x^T],    H = E[x^ x^T]
 
-Here h is the stream after the site, h^ before it. GPTQ variants that correct the inputs' errors
+Here h is the stream after the site, h^ before it. Tokens count by their error relative to the
+stream, weighed by 1 / rms(h), because every block reads the stream through a norm; a token with
+massive activations would else be all that counts. GPTQ variants that correct the inputs' errors
 (GPTAQ, Li et al., 2025) do it for every linear and its own output; only the stream's is what later
 blocks see. Only the part `strength` of the step is taken: calibration tokens are few, and the
 predicted part of the error is smaller on others.
@@ -72,6 +74,11 @@ class UnquantizedStream:
     def after(self, layer: int, site: str, i: int) -> Tensor:
         """A batch of the stream after a site of FEEDBACK_SITES: [B, S, H] FP32."""
         return self._store.get(stream_name(layer, site), i)[0].float()
+
+    def token_weights(self, layer: int, site: str, i: int) -> Tensor:
+        """1 / rms of the stream after a site, for a batch's tokens: [T, 1]."""
+        stream = self.after(layer, site, i).flatten(0, 1)
+        return torch.rsqrt(stream.square().mean(dim=1, keepdim=True) + self._cfg.rms_norm_eps)
 
     def advance(self, layer: int, block: Mapping[str, Tensor]) -> None:
         """Let all batches through a block that is not quantized yet; block by name inside it."""

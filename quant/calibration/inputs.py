@@ -21,9 +21,8 @@ class SiteInputs:
     divisor [K]: what those that are read have been smoothed by; None: by nothing.
     """
 
-    def __init__(self, store: ActivationStore, batches: int) -> None:
+    def __init__(self, store: ActivationStore) -> None:
         self._store = store
-        self._batches = batches
         self.divisor: Tensor | None = None
 
     def put_quantized(self, i: int, x: Tensor, activation: str) -> None:
@@ -45,11 +44,3 @@ class SiteInputs:
         if len(inputs) == 2:
             return inputs[0], inputs[1]
         return reference.quantize_activation(self.dense(i).flatten(0, 1), activation)
-
-    def sample(self, tokens: int) -> Tensor:
-        """About so many tokens of inputs that were kept dense, in whole batches: [B, S, K]."""
-        first = self.dense(0)
-        wanted = max(1, min(tokens // first.shape[:2].numel(), self._batches))
-        # Evenly spaced from the first batch on.
-        others = [self.dense(i * self._batches // wanted) for i in range(1, wanted)]
-        return torch.cat([first, *others])

@@ -36,7 +36,7 @@ from quant.calibration.key_scaling import scale_keys
 from quant.calibration.rope import SAMPLED_TOKENS, KeyStatistics
 from quant.calibration.rotation import NORM_OF, Rotation, make_rotation
 from quant.calibration.site import MAX_ERROR, SiteFailed, part_elements, quantize_site, report_row
-from quant.calibration.smoothing import SiteWork, smooth_site
+from quant.calibration.smoothing import SEARCHED_TOKENS, SiteWork, smooth_site
 from quant.checkpoint.reader import CheckpointReader
 from quant.decoder import (
     KeyTransform,
@@ -146,7 +146,7 @@ class BlockPipeline:
             self.rotation = make_rotation(recipe.rotate, cfg, device)
         self._dtype = dtype
         self._batches = windows.split(windows_at_once(cfg, windows.shape[1]))
-        self._inputs = SiteInputs(store, len(self._batches))
+        self._inputs = SiteInputs(store)
         self.device = device
         self._max_error = max_error
         self._rewindable = rewindable
@@ -218,7 +218,17 @@ class BlockPipeline:
             assert self._smoothing is not None
             rounding = self._rounding
             damping = rounding.damping if isinstance(rounding, CompensatePass) else DEFAULT_DAMPING
-            site_work = SiteWork(work, site, names, fmt, self._inputs, hessian, seen.amax)
+            site_work = SiteWork(
+                block=work,
+                site=site,
+                planned=names,
+                fmt=fmt,
+                inputs=self._inputs,
+                hessian=hessian,
+                amax=seen.amax,
+                sampled=self._sampled(SEARCHED_TOKENS),
+                token_weights=lambda i: self._token_weights(work.layer, site, i),
+            )
             chosen = smooth_site(site_work, self._smoothing, damping, self._rope)
         full = [prefix + name for name in names]
         weights = [work.tensors[f"{name}.weight"].to(self.device) for name in names]
@@ -243,6 +253,17 @@ class BlockPipeline:
             share = work.tensors.pop(f"{name}.weight").numel() / size
             rows.append(report_row(plan, row, chosen, seconds * share))
         return rows
+
+    def _sampled(self, tokens: int) -> list[int]:
+        """Batches of about so many tokens together, evenly spaced from the first one on."""
+        count = max(1, min(tokens // self._batches[0].numel(), len(self._batches)))
+        return [i * len(self._batches) // count for i in range(count)]
+
+    def _token_weights(self, layer: int, site: str, i: int) -> Tensor:
+        """What a batch's tokens weigh in a site's Hessian, [T, 1]."""
+        if self._unquantized is not None and site in FEEDBACK_SITES:
+            return self._unquantized.token_weights(layer, site, i)
+        return torch.ones(self._batches[i].numel(), 1, device=self.device)
 
     def _corrected(self, weight: Tensor, cross: Tensor, hessian: InputHessian) -> Tensor:
         """A weight moved towards what the residual stream misses."""
@@ -365,12 +386,14 @@ class BlockPipeline:
                 # A token with a NaN or Inf anywhere has no finite scale.
                 broken += int((~torch.isfinite(scale)).sum())
                 x = reference.dequantize_activation(codes, scale)
-            hessian.add(x)
             if cross is not None:
                 assert self._unquantized is not None
+                token_weights = self._token_weights(layer, site, i)
                 before = self.store.get(hidden_name(_stream_before(layer, site)), i)[0]
                 missing = self._unquantized.after(layer, site, i) - before
-                cross.addmm_(missing.flatten(0, 1).T, x)
+                x = x * token_weights
+                cross.addmm_((missing.flatten(0, 1) * token_weights).T, x)
+            hessian.add(x)
         if broken:
             raise SiteFailed(
                 [prefix + name for name in names],
@@ -448,9 +471,7 @@ class BlockPipeline:
             return q
 
         outputs_of = self._outputs(work, site)
-        for i in range(len(self._batches)):
-            if seen.tokens >= SAMPLED_TOKENS:
-                break
+        for i in self._sampled(SAMPLED_TOKENS):
             self._tick(work.layer, site)
             outputs = outputs_of(i)
             advance(cfg, work.tensors, site, outputs[0], outputs, self._rope, observe)

@@ -128,10 +128,11 @@ def make_plan(
     inputs = tokens * max(
         _input_bytes(layers, block_prefix(i), recipe) for i in range(cfg.num_layers)
     )
-    held = hidden * (2 if rewindable else 1) + inputs
     rounding = recipe.rounding
-    if isinstance(rounding, CompensatePass) and rounding.feedback:
-        held += hidden * 5 // 2  # two of the unquantized stream, and its BF16 one inside a block
+    feeds_back = isinstance(rounding, CompensatePass) and rounding.feedback > 0
+    # With feedback also two of the unquantized stream, and its BF16 one inside a block.
+    inside = hidden // 2 if feeds_back else 0
+    held = hidden * (2 if rewindable else 1) + inputs + (2 * hidden + inside if feeds_back else 0)
     size = header_bytes(tensors) + sum(
         torch.Size(shape).numel() * DTYPES[kind].itemsize for kind, shape in tensors.values()
     )
@@ -150,7 +151,8 @@ def make_plan(
         disk_bytes=size,
     )
     place = _place(plan, activation_offload, device or torch.device("cpu"))
-    spilled = held + (HIDDEN_ON_DISK - 1) * hidden if place == "disk" else 0
+    streams = 2 if feeds_back else 1
+    spilled = streams * (HIDDEN_ON_DISK * hidden + inside) + inputs if place == "disk" else 0
     return dataclasses.replace(plan, activation_place=place, disk_bytes=size + spilled)
 
 

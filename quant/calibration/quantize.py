@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,15 @@ from quant.calibration.activations import MemoryStore
 from quant.calibration.data import calibration_windows, load_tokens
 from quant.calibration.pipeline import BlockPipeline
 from quant.calibration.plan import RunPlan, make_plan, open_store
+from quant.calibration.resume import (
+    ACTIVATIONS,
+    advising,
+    begin,
+    bytes_to_reuse,
+    fingerprint_of,
+    open_journal,
+    with_threads,
+)
 from quant.calibration.site import MAX_ERROR, SiteFailed
 from quant.calibration.streaming import (
     Run,
@@ -33,19 +39,16 @@ from quant.checkpoint.compressed_tensors import (
     SIDE_VERSION,
     quantization_config,
 )
-from quant.checkpoint.journal import JOURNAL_VERSION, Fingerprint, Journal
 from quant.checkpoint.reader import CheckpointReader, load_tokenizer
 from quant.checkpoint.shards import header_bytes, parse_size
 from quant.checkpoint.side import Side, side_keys, write_side_tensors
 from quant.checkpoint.source import resolve_model
 from quant.checkpoint.writer import (
-    COPIED,
     MAX_SHARD_SIZE,
     CheckpointWriter,
     check_output,
     check_space,
     remove_remains,
-    work_directory,
 )
 from quant.device import select_device, select_dtype
 from quant.errors import RequestError, WorkFailed
@@ -69,8 +72,6 @@ from quant.report import (
 
 # Windows that go through the block whose time is measured.
 MEASURED_WINDOWS = 8
-JOURNAL_FILE = "journal.jsonl"
-ACTIVATIONS = "activations"
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,15 @@ class Options:
     activation_offload: str
     on_failure: str
     max_error: float
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Those that decide about the output's bytes."""
+        return {
+            "dtype": str(self.dtype or "auto").removeprefix("torch."),
+            "device": self.device.type,
+            "max shard size": self.max_shard_bytes,
+        }
 
     @property
     def rewindable(self) -> bool:
@@ -182,14 +192,14 @@ def quantize(
         header_bytes=header_bytes(planned.tensors),
     )
     with writer, torch.inference_mode():
-        journal = _open_journal(writer, resume)
-        check_space(output, planned.disk_bytes - _bytes_to_reuse(writer, journal, planned))
+        journal = open_journal(writer, resume)
+        check_space(output, planned.disk_bytes - bytes_to_reuse(writer, journal, planned))
         on_progress(Progress("calibration data", 0, 1, recipe.calibration.dataset))
         windows = _windows(reader, recipe, trust_remote_code)
         release_free_memory()  # the text and its encoding
         on_progress(Progress("calibration data", 1, 1, recipe.calibration.dataset))
-        fingerprint = _fingerprint(reader, recipe, options, windows, on_progress)
-        _begin(writer, journal, fingerprint)
+        fingerprint = fingerprint_of(reader, recipe, options.settings, windows, on_progress)
+        begin(writer, journal, fingerprint)
         store = open_store(planned, options.device, writer.work / ACTIVATIONS)
         pipeline = BlockPipeline(
             reader,
@@ -207,7 +217,7 @@ def quantize(
             planned, reader, pipeline, writer, journal, options.dtype, on_failure, on_progress
         )
         resumed = journal.blocks
-        with _threads(journal.num_threads), _advising(output, journal):
+        with with_threads(journal.num_threads), advising(output, journal):
             try:
                 rows, skipped = quantize_blocks(run)
             finally:
@@ -215,7 +225,7 @@ def quantize(
         if not rows:
             writer.keep(False)
             raise WorkFailed(f"no layer could be quantized; the first: {skipped[0].reason}")
-        with _advising(output, journal):
+        with advising(output, journal):
             on_progress(Progress("write", 0, 1, str(output)))
             ignored = tuple(row.name for row in pipeline.plan.values() if row.fmt is None)
             write_outer(run)
@@ -285,12 +295,6 @@ def _estimate_seconds(
     return each * reader.config.num_layers
 
 
-def finished_blocks(output: str | Path) -> int:
-    """How many blocks of an unfinished run to OUT `resume` would not do again."""
-    path = work_directory(Path(output).expanduser()) / JOURNAL_FILE
-    return Journal(path).blocks if path.is_file() else 0
-
-
 def directory_bytes(directory: Path) -> int:
     """Bytes of the safetensors files of a checkpoint directory."""
     return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
@@ -347,118 +351,6 @@ def _windows(reader: CheckpointReader, recipe: Recipe, trust_remote_code: bool) 
     return calibration_windows(
         tokens, calibration.num_calibration_samples, calibration.max_seq_length, calibration.seed
     )
-
-
-def _open_journal(writer: CheckpointWriter, resume: bool) -> Journal:
-    """The journal of OUT; an unfinished run is neither continued nor thrown away unasked."""
-    path = writer.work / JOURNAL_FILE
-    writer.keep(path.is_file())  # also where it turns out to be unreadable
-    journal = Journal(path)
-    writer.keep(journal.blocks > 0)
-    if journal.blocks and not resume:
-        raise RequestError(
-            f"an unfinished run to OUT {str(writer.output)!r} has {journal.blocks} blocks done; "
-            f"continue it with --resume, or remove {writer.work} to start again"
-        )
-    return journal
-
-
-def _fingerprint(
-    reader: CheckpointReader,
-    recipe: Recipe,
-    options: Options,
-    windows: torch.Tensor,
-    on_progress: OnProgress,
-) -> Fingerprint:
-    """Of everything that decides about the output's bytes; reads the whole source once.
-
-    Raises RequestError where a weight of the source is NaN or Inf.
-    """
-    from quant import __version__
-
-    total, done = reader.size_bytes() // 10**6, 0
-
-    def count(more: int) -> None:
-        nonlocal done
-        done += more
-        on_progress(Progress("check source (MB)", min(done // 10**6, total), total))
-
-    files = reader.inspect_source(count)
-    for name in COPIED:
-        if (path := reader.directory / name).is_file():
-            files[name] = hashlib.sha256(path.read_bytes()).hexdigest()
-    on_progress(Progress("check source (MB)", total, total))
-    tokens = windows.cpu().contiguous().numpy().tobytes()
-    return Fingerprint(
-        versions={
-            "fourbyeight": __version__,
-            "torch": torch.__version__,
-            "journal": JOURNAL_VERSION,
-        },
-        recipe=recipe.to_dict(),
-        settings={
-            "dtype": str(options.dtype or "auto").removeprefix("torch."),
-            "device": options.device.type,
-            "max shard size": options.max_shard_bytes,
-        },
-        files=files,
-        data={
-            "dataset": recipe.calibration.dataset,
-            "tokens": hashlib.sha256(tokens).hexdigest(),
-        },
-    )
-
-
-def _bytes_to_reuse(writer: CheckpointWriter, journal: Journal, planned: RunPlan) -> int:
-    """What an earlier run has left on the disk, and this one goes on with or removes."""
-    folders = [writer.work]
-    if journal.blocks:
-        on_disk = planned.activation_place == "disk"
-        folders = [writer.directory, *([writer.work / ACTIVATIONS] if on_disk else [])]
-    files = (path for folder in folders for path in folder.rglob("*") if path.is_file())
-    return sum(path.stat().st_size for path in files)
-
-
-def _begin(writer: CheckpointWriter, journal: Journal, fingerprint: Fingerprint) -> None:
-    """Start the journal, or go back to where it ends. RequestError where it is of another run."""
-    if not journal.blocks:
-        writer.clear()
-        journal.begin(fingerprint, torch.get_num_threads())
-        return
-    assert journal.fingerprint is not None
-    if differences := journal.fingerprint.differences(fingerprint):
-        raise RequestError(
-            f"the unfinished run to OUT {str(writer.output)!r} is of something else, and cannot be "
-            f"resumed with this:\n  "
-            + "\n  ".join(differences)
-            + f"\nGive what it was begun with, or remove {writer.work} to start again"
-        )
-    writer.shards.restore(journal.entries)
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    """As many threads as the run began with: how a sum is split decides about its last bit."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
-def _advising(output: Path, journal: Journal) -> Iterator[None]:
-    """Add to a failure what is not lost."""
-    try:
-        yield
-    except (WorkFailed, OSError) as error:
-        if not journal.blocks:
-            raise
-        raise WorkFailed(
-            f"{error}\n{journal.blocks} blocks are done and kept in {work_directory(output)}; "
-            "when the cause is gone, run the same command with --resume"
-        ) from error
 
 
 def _write_texts(

@@ -56,7 +56,7 @@ from quant_kernels.reference import ExpandedWeight
 Function = Callable[[list[Tensor]], Tensor]
 
 # Tokens that the search sees, in whole windows.
-SAMPLED_TOKENS = 1024
+SEARCHED_TOKENS = 1024
 THRESHOLDS = 16
 # Rows of each linear that stand for all of them in the search, evenly spaced.
 SEARCHED_ROWS = 256
@@ -67,10 +67,12 @@ QUANTILES = (0.9, 0.97, 0.99, 0.998)
 
 @dataclass(frozen=True)
 class SiteSample:
-    """What the search sees of a site: tokens [T, K] FP32, and max|x| over all tokens, [K]."""
+    """What the search sees of a site: tokens [T, K] FP32, max|x| over all tokens [K], and what the
+    tokens weigh in the Hessian, [T, 1]."""
 
     tokens: Tensor
     amax: Tensor
+    token_weights: Tensor
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,11 @@ class Site:
 @dataclass(frozen=True)
 class SiteWork:
     """A site of a block at work: the linears to quantize, by name inside the block, their format,
-    and the inputs that wait, with their Hessian and max|x| [K]."""
+    and the inputs that wait, with their Hessian and max|x| [K].
+
+    sampled: the batches that the search sees. token_weights: of a batch's tokens in the Hessian,
+    [T, 1].
+    """
 
     block: BlockWork
     site: str
@@ -109,6 +115,8 @@ class SiteWork:
     inputs: SiteInputs
     hessian: InputHessian
     amax: Tensor
+    sampled: Sequence[int]
+    token_weights: Callable[[int], Tensor]
 
 
 def smooth_site(
@@ -120,8 +128,9 @@ def smooth_site(
     """
     cfg, block, names = work.block.cfg, work.block, SITES[work.site]
     device = work.amax.device
-    windows = work.inputs.sample(SAMPLED_TOKENS)
+    windows = torch.cat([work.inputs.dense(i) for i in work.sampled])
     tokens, shape = windows.flatten(0, 1), tuple(windows.shape[:2])
+    token_weights = torch.cat([work.token_weights(i) for i in work.sampled])
     weights = {name: block.tensors[f"{name}.weight"].to(device) for name in names}
 
     def function(outputs: list[Tensor]) -> Tensor:
@@ -131,7 +140,7 @@ def smooth_site(
     site = Site(
         weights=list(weights.values()),
         fmt=work.fmt,
-        sample=SiteSample(tokens, work.amax),
+        sample=SiteSample(tokens, work.amax, token_weights),
         hessian=work.hessian,
         function=function,
         shared=shared_by(cfg, work.site),
@@ -147,7 +156,7 @@ def smooth_site(
             dtype = torch.float32 if name in work.planned else weight.dtype
             block.tensors[f"{name}.weight"] = (weight.float() * s).to(dtype)
         work.inputs.divisor = s
-    work.hessian.rescale(s, activation_noise(tokens / s, work.fmt))
+    work.hessian.rescale(s, activation_noise(tokens / s, work.fmt, token_weights))
     return label
 
 
@@ -209,7 +218,7 @@ def _search(site: Site, damping: float) -> tuple[Tensor, str]:
     best, best_s, best_label = torch.inf, torch.ones_like(pivots), "none"
     for label, s in _candidates(site):
         x = site.sample.tokens / s
-        noise = activation_noise(x, site.fmt)
+        noise = activation_noise(x, site.fmt, site.sample.token_weights)
         w, importance = weights * s, pivots / s.square()
         scales = choose_scales(w, site.fmt, "hessian", importance)
         lost = w - effective_weight(nearest_codes(w, scales, site.fmt), scales, site.fmt)
@@ -232,10 +241,10 @@ def _candidates(site: Site) -> Iterator[tuple[str, Tensor]]:
         yield f"threshold {q:.0%}", (x_max / x_max.quantile(q)).clamp_min(1)
 
 
-def activation_noise(x: Tensor, fmt: WeightFormat) -> Tensor:
-    """mean_t (Qa(x) - x)^2 [K] for x [T, K]."""
+def activation_noise(x: Tensor, fmt: WeightFormat, token_weights: Tensor) -> Tensor:
+    """mean_t (w_t (Qa(x) - x))^2 [K] for x [T, K] and weights w [T, 1]."""
     seen = reference.dequantize_activation(*reference.quantize_activation(x, fmt.activation))
-    return (seen - x).square().mean(dim=0)
+    return (token_weights * (seen - x)).square().mean(dim=0)
 
 
 def _centred(s: Tensor) -> Tensor:

@@ -4,11 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from quant.calibration.activations import MemoryStore
 from quant.calibration.data import calibration_windows, load_tokens
-from quant.calibration.feedback import corrected
+from quant.calibration.feedback import UnquantizedStream, corrected
 from quant.calibration.hessian import InputHessian
 from quant.calibration.quantize import quantize
 from quant.checkpoint.reader import load_tokenizer
+from quant.decoder import block_forward, causal_attention, rotary_table
 from quant.runtime.model import load_decoder
 
 CPU = torch.device("cpu")
@@ -84,3 +86,30 @@ def test_the_residual_stream_comes_closer_to_the_unquantized_one(
 
     without, half = lost(0.0), lost(0.5)
     assert half < 0.93 * without
+
+
+def test_tokens_count_by_their_error_relative_to_the_stream(tiny_checkpoint):
+    # The stream after a site weighs its tokens, not the one before it, and not all of them alike.
+    model = load_decoder(tiny_checkpoint("llama"), dtype=torch.float32)
+    cfg, block = model.config, model.blocks[0]
+    tensors = dict(block.norms)
+    for name, linear in block.linears.items():
+        assert isinstance(linear.weight, Tensor)
+        tensors[f"{name}.weight"] = linear.weight
+    positions = torch.arange(24).unsqueeze(0)
+    rope = rotary_table(cfg, positions)
+    stream = UnquantizedStream(cfg, MemoryStore(CPU, host=False), 1, rope)
+    hidden = model.embedding[torch.arange(48).view(2, 24)] * 50
+    hidden[0, 3] *= 30
+    stream.begin(0, hidden)
+    stream.advance(0, tensors)
+    attend = causal_attention(None)
+    after = block_forward(cfg, block.norms, block.linears, hidden, rope, attend)
+    assert (stream.after(0, "down", 0) - after).abs().max() < 0.02 * after.abs().mean()
+    found = stream.token_weights(0, "down", 0)
+    expected = after.flatten(0, 1).square().mean(dim=1, keepdim=True).rsqrt()
+    assert torch.allclose(found, expected, rtol=0.02)
+    assert found[3] < 0.1 * found.median()
+    middle = stream.after(0, "o", 0)
+    assert not torch.allclose(middle, after, rtol=0.02)
+    assert (middle - hidden).abs().max() > 0

@@ -244,7 +244,9 @@ def test_hessian_that_cannot_be_inverted_fails_with_the_layers_name_and_advice(
 
     monkeypatch.setattr(InputHessian, "factorize", refuse)
     with pytest.raises(WorkFailed, match=r"model\.layers\.0\.self_attn\.q_proj") as caught:
-        quantize(str(tiny_checkpoint("llama")), tmp_path / "out", "gptq", device="cpu", **calibration)
+        quantize(
+            str(tiny_checkpoint("llama")), tmp_path / "out", "gptq", device="cpu", **calibration
+        )
     assert "damping 1" in str(caught.value)
     assert "more calibration samples" in str(caught.value)
 

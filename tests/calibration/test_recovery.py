@@ -18,7 +18,8 @@ import quant.calibration.pipeline as pipeline
 from quant.architectures import SITES
 from quant.calibration.data import calibration_windows, load_tokens
 from quant.calibration.hessian import InputHessian, NotPositiveDefinite
-from quant.calibration.quantize import finished_blocks, plan, quantize
+from quant.calibration.quantize import plan, quantize
+from quant.calibration.resume import finished_blocks
 from quant.checkpoint.reader import CheckpointReader, load_tokenizer
 from quant.decoder import rms_norm
 from quant.errors import WorkFailed
@@ -47,7 +48,7 @@ def begin(source: Path, calibration: dict[str, Any], tmp_path: Path) -> Callable
 
     def run(name: str = "out", model: Path = source, **options: Any) -> Any:
         options = {"device": "cpu", "group_size": 64, **calibration, **options}
-        return quantize(str(model), tmp_path / name, **options)
+        return quantize(str(model), tmp_path / name, **{"recipe": "gptq", **options})
 
     return run
 
@@ -250,7 +251,7 @@ def test_dry_run_of_what_would_stop_fails_and_of_what_would_skip_has_no_estimate
     source: Path, calibration: dict[str, Any], break_at: Any, tmp_path: Path
 ) -> None:
     def measure(**options: Any) -> Any:
-        return plan(str(source), tmp_path / "out", measure=True, **calibration, **options)
+        return plan(str(source), tmp_path / "out", "gptq", measure=True, **calibration, **options)
 
     assert measure().seconds > 0
     break_at((0, "down"))

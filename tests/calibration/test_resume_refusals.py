@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 import quant
-from quant.calibration.quantize import finished_blocks, quantize
+from quant.calibration.quantize import quantize
+from quant.calibration.resume import finished_blocks
 from quant.errors import RequestError
 from quant.report import Progress
 

@@ -42,7 +42,7 @@ def make_site(outliers: bool, fmt: WeightFormat = INT8, shared: int = 1) -> tupl
     site = Site(
         weights=weights,
         fmt=fmt,
-        sample=SiteSample(x[:300], x.abs().amax(dim=0)),
+        sample=SiteSample(x[:300], x.abs().amax(dim=0), torch.ones(300, 1)),
         hessian=hessian_of(x),
         function=lambda outputs: torch.cat(outputs, dim=1).tanh(),
         shared=shared,
@@ -122,8 +122,9 @@ def test_search_sees_what_is_lost_by_the_activations():
     # Thresholds cost the weights something, so that exact activations would not ask for them.
     site, x = make_site(outliers=True)
     s = (site.sample.amax / site.sample.amax.quantile(0.97)).clamp_min(1)
-    noisy = activation_noise(x, INT8).sum()
-    assert (activation_noise(x / s, INT8) * s.square()).sum() < 0.1 * noisy
+    one = torch.ones(len(x), 1)
+    noisy = activation_noise(x, INT8, one).sum()
+    assert (activation_noise(x / s, INT8, one) * s.square()).sum() < 0.1 * noisy
 
 
 def test_channels_of_one_row_share_their_scale():

@@ -14,7 +14,8 @@ import torch
 
 import quant.calibration.pipeline as pipeline
 from quant.calibration.activations import DiskStore, MemoryStore
-from quant.calibration.quantize import finished_blocks, plan, quantize
+from quant.calibration.quantize import plan, quantize
+from quant.calibration.resume import finished_blocks
 from quant.checkpoint.journal import Journal, Part
 from quant.checkpoint.reader import CheckpointReader
 from quant.checkpoint.shards import ShardWriter, header_bytes

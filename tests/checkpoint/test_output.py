@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 import quant.calibration.pipeline as pipeline
-from quant.calibration.quantize import finished_blocks, quantize
+from quant.calibration.quantize import quantize
+from quant.calibration.resume import finished_blocks
 from quant.checkpoint.journal import Fingerprint, Journal, Part
 from quant.checkpoint.writer import CheckpointWriter
 from quant.errors import RequestError, WorkFailed
