@@ -1,9 +1,9 @@
 """The real model, end to end: what quantization costs, and what other readers make of the result.
 
 Protocol: SmolLM2-135M-Instruct, 64 x 512 calibration tokens from WikiText-2's validation split,
-the first 10 windows of 2,048 tokens of its test split. llm-compressor's plain GPTQ in the same
-format on the same tokens gives 25.56 (w4afp8) and 26.75 (w4a8) with group size 64; the BF16 model
-19.92.
+the first 10 windows of 2,048 tokens of its test split. The BF16 model has 19.92. The best that
+llm-compressor reaches in the same format on the same tokens is 22.95 (w4a8, group size 64, with
+SmoothQuant and an activation-weighted observer); its plain GPTQ 26.75, and 25.56 for w4afp8.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from quant_kernels.packing import PackedWeight, unpack_int4
 pytestmark = pytest.mark.slow
 
 BF16 = 19.916
-PEER = {"w4afp8": 25.56, "w4a8": 26.75}
+BOUND = {"w4afp8": 22.2, "w4a8": 22.4}
 Quantize = Callable[[str, str], Path]
 
 
@@ -77,14 +77,14 @@ def test_the_unquantized_model_has_its_known_perplexity(unquantized: float, real
         assert 5 < unquantized < 20
 
 
-@pytest.mark.parametrize("scheme", PEER)
-def test_perplexity_beats_the_peer_and_round_to_nearest(
+@pytest.mark.parametrize("scheme", BOUND)
+def test_the_default_recipe_beats_the_peer_and_round_to_nearest(
     scheme: str, quantized_smollm2: Quantize, unquantized: float, real_text: Any
 ) -> None:
-    compensated = measure(quantized_smollm2(scheme, "gptq"), real_text)
+    compensated = measure(quantized_smollm2(scheme, "best"), real_text)
     rounded = measure(quantized_smollm2(scheme, "rtn"), real_text)
-    # On text that the peer did not see, its relative loss.
-    bound = PEER[scheme] if real_text.peers_saw_it else PEER[scheme] / BF16 * unquantized
+    # On other text, the same relative loss.
+    bound = BOUND[scheme] if real_text.peers_saw_it else BOUND[scheme] / BF16 * unquantized
     assert unquantized < compensated <= bound
     assert compensated < rounded
 
