@@ -67,7 +67,10 @@ def run(
         Path, typer.Option("--output", "-o", metavar="OUT", help="Directory to make.")
     ],
     recipe: Annotated[
-        str, typer.Option(help="A preset (best, gptq, qqq, fireq, rtn) or a YAML file.")
+        str,
+        typer.Option(
+            help="A preset (best, best-rotate, gptq, qqq, qqq-rotate, fireq, rtn) or a YAML file."
+        ),
     ] = "best",
     scheme: Annotated[
         str | None, typer.Option(help="w4afp8 or w4a8. (default: w4afp8, or the recipe)")
