@@ -149,7 +149,8 @@ def test_everything_else_is_the_sources_bit_for_bit(quantized):
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_dtype_is_that_of_the_tensors_that_stay(dtype, tiny_checkpoint, calibration, tmp_path):
     source, output = tiny_checkpoint("qwen2"), tmp_path / "out"
-    quantize(str(source), output, dtype=dtype, device="cpu", group_size=64, **calibration)
+    options = {"dtype": dtype, "device": "cpu", "group_size": 64, **calibration}
+    quantize(str(source), output, "gptq", **options)
     before, stored = CheckpointReader(source), CheckpointReader(output)
     wanted = getattr(torch, dtype)
     for name in before.names & stored.names:

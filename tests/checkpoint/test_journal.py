@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from quant.checkpoint.journal import Fingerprint, Journal, Part
+from quant.checkpoint.journal import JOURNAL_VERSION, Fingerprint, Journal, Part
 from quant.checkpoint.shards import Entry
 from quant.errors import RequestError, WorkFailed
 
@@ -135,8 +135,10 @@ def test_parts_without_a_fingerprint_are_refused(path: Path) -> None:
 
 
 def test_journal_of_another_version_is_refused(path: Path) -> None:
-    path.write_bytes(path.read_bytes().replace(b'{"journal": 1, ', b'{"journal": 2, ', 1))
-    with pytest.raises(RequestError, match="version 2 is not 1"):
+    version, other = JOURNAL_VERSION, JOURNAL_VERSION + 1
+    now, then = f'{{"journal": {version}, '.encode(), f'{{"journal": {other}, '.encode()
+    path.write_bytes(path.read_bytes().replace(now, then, 1))
+    with pytest.raises(RequestError, match=f"version {other} is not {version}"):
         Journal(path)
 
 
