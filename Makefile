@@ -4,7 +4,7 @@ QUANT_CUDA ?= AUTO
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-INSTALL := $(PIP) install -c constraints.txt --no-build-isolation -C cmake.define.QUANT_CUDA=$(QUANT_CUDA)
+INSTALL := $(PIP) install -c constraints.txt --no-build-isolation --config-settings=cmake.define.QUANT_CUDA=$(QUANT_CUDA)
 BUILD_INPUTS := pyproject.toml constraints.txt $(shell find csrc -type f)
 CXX_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 
