@@ -50,9 +50,10 @@ $(BIN)/python:
 	  "fourbyeight needs Python 3.11 or newer; $(PYTHON) is %d.%d. Name another: make PYTHON=python3.12" % v[:2])'
 	$(PYTHON) -m venv $(VENV)
 
-# The build backend itself says whether CMake or Ninja is missing or too old.
+# setuptools and wheel build what lm-eval depends on and is published as source alone. The build
+# backend itself says whether CMake or Ninja is missing or too old.
 $(VENV)/.build-tools: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) install -q -c constraints.txt scikit-build-core
+	$(PIP) install -q -c constraints.txt scikit-build-core setuptools wheel
 	$(PIP) install -q -c constraints.txt scikit-build-core $$($(BIN)/python -c \
 	  'from scikit_build_core.build import get_requires_for_build_wheel as missing; print(*missing())')
 	touch $@

@@ -65,6 +65,8 @@ def run_table(report: RunReport) -> Table:
         ("seconds", f"{report.seconds:.1f}"),
         ("peak memory", memory_line(report)),
     ]
+    if report.recipe["kv_cache"] != "none":
+        rows.insert(1, ("KV cache", report.recipe["kv_cache"]))
     if report.resumed_blocks:
         rows.insert(2, ("resumed", f"{report.resumed_blocks} blocks were done before"))
     for item in report.skipped:
@@ -106,6 +108,7 @@ def plan_table(plan: RunPlan) -> Table:
     rows = [
         ("source", f"{plan.source} ({plan.model_type})"),
         ("scheme", f"{fmt.scheme} ({fmt.numerics}), {group}"),
+        ("KV cache", plan.recipe.kv_cache),
         ("passes", passes),
         ("layers", f"{len(plan.layers) - kept} to quantize, {kept} left alone"),
         (
@@ -170,6 +173,8 @@ def ablation_table(result: AblationResult) -> Table:
 
 def inspection_table(found: Inspection) -> Table:
     scheme = f"{found.scheme} ({found.numerics})" if found.scheme else "not quantized"
+    if found.kv_cache:
+        scheme += f", KV cache {found.kv_cache}"
     table = Table(
         title=Text(f"{found.directory}: {found.model_type}, {scheme}"),
         caption=f"{size(found.size_bytes)} on disk, {found.bits_per_weight:.3f} bits per weight "

@@ -16,6 +16,7 @@ from quant.checkpoint.compressed_tensors import (
     read_side_file,
 )
 from quant.checkpoint.reader import FLOAT_BITS, CheckpointReader
+from quant.checkpoint.side import read_side
 from quant.report import mean_bits_per_weight, read_jsonl
 from quant_kernels.formats import bits_per_weight
 
@@ -34,13 +35,15 @@ class LayerRow:
 
 @dataclass(frozen=True)
 class Inspection:
-    """A checkpoint directory. bits_per_weight is over the linears of the blocks."""
+    """A checkpoint directory. bits_per_weight is over the linears of the blocks. kv_cache: how keys
+    and values are rounded, None: not at all."""
 
     directory: str
     model_type: str
     scheme: str | None
     group_size: int | None
     numerics: str | None
+    kv_cache: str | None
     size_bytes: int
     bits_per_weight: float
     recipe: dict[str, Any] | None
@@ -52,6 +55,7 @@ def inspect_checkpoint(directory: Path, *, trust_remote_code: bool = False) -> I
     reader = CheckpointReader(directory, trust_remote_code=trust_remote_code)
     fmt = parse_quantization_config(directory, reader.raw_config)
     ignore = (reader.raw_config.get("quantization_config") or {}).get("ignore") or []
+    side = read_side(directory, reader.config)
     ours = (directory / SIDE_FILE).is_file()
     report = read_jsonl(directory / REPORT_FILE) if ours else []
     errors = {row.name: row.error_after for row in report}
@@ -72,6 +76,7 @@ def inspect_checkpoint(directory: Path, *, trust_remote_code: bool = False) -> I
         scheme=fmt.scheme if fmt else None,
         group_size=fmt.group_size if fmt else None,
         numerics=fmt.numerics if fmt else None,
+        kv_cache=side.kv.label if side.kv else None,
         size_bytes=reader.size_bytes(),
         bits_per_weight=mean_bits_per_weight(rows),
         recipe=read_side_file(directory).get("recipe") if ours else None,

@@ -15,11 +15,13 @@ from quant.calibration.folding import PRODUCER, fold, fold_into_rows, shared_by
 from quant.calibration.quantize import quantize
 from quant.calibration.rotation import NORM_OF, make_rotation, orthogonal
 from quant.calibration.scales import choose_scales
+from quant.checkpoint.inspection import inspect_checkpoint
 from quant.checkpoint.reader import CheckpointReader, load_tokenizer
 from quant.decoder import Linear, rms_norm
 from quant.passes import RotatePass
 from quant.runtime.model import Block, Decoder, load_decoder
 from quant_kernels.formats import effective_weight, every_format, nearest_codes
+from quant_kernels.kv4 import KVFormat
 from quant_kernels.packing import PackedWeight, pack_int4, unpack_int4
 
 TOKENS = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(5))
@@ -202,6 +204,8 @@ def test_calibration_ends_with_the_hidden_states_of_the_stored_checkpoint(
     theirs, ours = logits(dense), logits(stored)
     assert float((ours - theirs).square().sum() / theirs.square().sum()) < 0.4
     assert {bool(row.smoothing) for row in report.layers} <= {True, False}
+    seen = inspect_checkpoint(tmp_path / "out")
+    assert seen.kv_cache == (KVFormat().label if "rope" in RECIPES[recipe] else None)
     assert any(row.smoothing for row in report.layers) == ("smooth" in RECIPES[recipe])
 
 
