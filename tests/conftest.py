@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -247,6 +248,25 @@ def quantized(
 ) -> Quantized:
     """Every case, one after the other."""
     return quantized_case(str(request.param))
+
+
+@pytest.fixture
+def run(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """quantize ARGS -> (exit code, stdout, stderr), in this process."""
+
+    from quant import cli
+
+    def call(*args: Any) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["quantize", *map(str, args)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        written = capfd.readouterr()
+        return int(ended.value.code or 0), written.out, written.err
+
+    return call
 
 
 @pytest.fixture(scope="session")

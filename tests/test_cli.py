@@ -22,21 +22,6 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
-    """quantize ARGS -> (exit code, stdout, stderr), in this process."""
-
-    def call(*args: Any) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["quantize", *map(str, args)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        written = capfd.readouterr()
-        return int(ended.value.code or 0), written.out, written.err
-
-    return call
-
-
-@pytest.fixture
 def small(calibration_text: Path) -> list[str]:
     """Options for a run of seconds."""
     options = ["--dataset", calibration_text, "--num-calibration-samples", 4]
