@@ -55,7 +55,7 @@ def compensate(
     grid = true_grid(scales, fmt)
     group_of = (order // (columns // scales.shape[1])).tolist()
     # A column of W is a row here, in the factor's order: [K, N]. Once rounded it is w - w^.
-    w = weight.float()[:, order].T.contiguous()
+    w = weight.float().T.index_select(0, order)
     codes = torch.empty(w.shape, dtype=torch.int8, device=w.device)
     with reference.bf16_products(False):
         for stop in range(columns, 0, -block_size):

@@ -30,7 +30,7 @@ PANEL_ROWS = 2048
 # A pivot this small against its diagonal element is made of rounding errors alone.
 PIVOT_NOISE = 2.0**-23
 # Elements of the rows whose energy is taken at a time.
-ENERGY_ELEMENTS = 1 << 21
+ENERGY_ELEMENTS = 1 << 20
 
 
 class NotPositiveDefinite(ArithmeticError):

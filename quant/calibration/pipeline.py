@@ -49,6 +49,7 @@ from quant.decoder import (
     rotary_table,
     site_outputs,
 )
+from quant.memory import release_free_memory
 from quant.passes import CompensatePass, RopePass
 from quant.recipe import Recipe
 from quant.report import LayerReport, OnProgress, Progress, ignore_progress
@@ -232,6 +233,7 @@ class BlockPipeline:
             chosen = smooth_site(site_work, self._smoothing, damping, self._rope)
         full = [prefix + name for name in names]
         weights = [work.tensors[f"{name}.weight"].to(self.device) for name in names]
+        release_free_memory()  # of the batches: here a block's memory is at its peak
         if seen.cross is not None:
             weights = [self._corrected(weights[0], seen.cross, hessian)]
         found = quantize_site(

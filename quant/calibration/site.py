@@ -27,9 +27,9 @@ MAX_ERROR = 0.5
 DAMPING_GROWTH = 10.0
 # A part of a weight goes through the search with some ten arrays of its size in memory. It is this
 # share of a block, so that they do not weigh against it, within what keeps a CPU or GPU busy.
-PART_OF_BLOCK = 1 / 32
+PART_OF_BLOCK = 1 / 48
 PART_ELEMENTS = (2**21, 2**24)
-ROUNDING_ELEMENTS = 2**20
+ROUNDING_ELEMENTS = 2**18
 
 
 class SiteFailed(Exception):
@@ -135,7 +135,8 @@ def _choose(
     elements: int,
 ) -> list[Quantized]:
     """Codes, scales and errors of all weights; damping: of the factorized Hessian, or None."""
-    words, scales, energies = [], [], []
+    sizes = [len(weight) for weight in weights]
+    words, scales, energies = _Rows(sum(sizes)), _Rows(sum(sizes)), _Rows(sum(sizes))
     for part in _parts(weights, elements):
         w = part.float()
         s = choose_scales(w, fmt, step.scales, hessian.second_moments)
@@ -144,50 +145,57 @@ def _choose(
         else:
             assert isinstance(step, CompensatePass)
             q = compensate(w, s, fmt, hessian, block_size=step.block_size)
-        before = hessian.energy(_lost_by_rounding(w, fmt))
-        after = hessian.energy(_lost(w, q, s, fmt))
-        energies.append(torch.stack((hessian.energy(w), before, after), dim=1))
+        energies.append(_energies(w, q, s, fmt, hessian))
         words.append(pack_int4(q))
         scales.append(s)
-    sizes = [len(weight) for weight in weights]
     found = []
     for w, s, rows in zip(
-        torch.cat(words).split(sizes),
-        torch.cat(scales).split(sizes),
-        torch.cat(energies).double().split(sizes),
+        words.all.split(sizes),
+        scales.all.split(sizes),
+        energies.all.double().split(sizes),
         strict=True,
     ):
         total, before, after = rows.sum(dim=0).tolist()
         # A linear whose output is always zero loses nothing.
         shares = [0.0 if total <= 0 else lost / total for lost in (before, after)]
-        packed = PackedWeight(w.contiguous(), s.contiguous(), fmt)
+        packed = PackedWeight(w, s, fmt)
         found.append(Quantized(packed, shares[0], shares[1], damping))
     return found
 
 
-def _lost(weight: Tensor, codes: Tensor, scales: Tensor, fmt: WeightFormat) -> Tensor:
-    """W - W^ [N, K]."""
-    lost = torch.empty_like(weight)
-    for rows in _rows_at_once(weight):
-        lost[rows] = weight[rows] - effective_weight(codes[rows], scales[rows], fmt)
-    return lost
+class _Rows:
+    """An array [N, ...] that is filled from the top, allocated with the first rows at once.
+
+    Many small arrays that stay, among temporaries that go, would leave the heap full of holes.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self._rows = rows
+        self._filled = 0
+
+    def append(self, part: Tensor) -> None:
+        if not self._filled:
+            self.all = part.new_empty(self._rows, *part.shape[1:])
+        self.all[self._filled : self._filled + len(part)] = part
+        self._filled += len(part)
 
 
-def _lost_by_rounding(weight: Tensor, fmt: WeightFormat) -> Tensor:
-    """W - W^ [N, K] for the nearest codes with absmax scales."""
-    lost = torch.empty_like(weight)
-    for rows in _rows_at_once(weight):
-        scales = choose_scales(weight[rows], fmt, "absmax")
-        codes = nearest_codes(weight[rows], scales, fmt)
-        lost[rows] = weight[rows] - effective_weight(codes, scales, fmt)
-    return lost
+def _energies(
+    weight: Tensor, codes: Tensor, scales: Tensor, fmt: WeightFormat, hessian: InputHessian
+) -> Tensor:
+    """For each row, the energy of its output, and what rounding to nearest with absmax scales and
+    what these codes lose of it: [N, 3].
 
-
-def _rows_at_once(weight: Tensor) -> Iterator[slice]:
-    """Slices of rows whose temporaries (codes are searched as int64) stay small."""
+    A few rows at a time: their temporaries, some of them int64, are several times their size.
+    """
     step = max(1, ROUNDING_ELEMENTS // weight.shape[1])
-    for start in range(0, len(weight), step):
-        yield slice(start, start + step)
+    energies = []
+    for w, q, s in zip(weight.split(step), codes.split(step), scales.split(step), strict=True):
+        absmax = choose_scales(w, fmt, "absmax")
+        rounded = effective_weight(nearest_codes(w, absmax, fmt), absmax, fmt)
+        lost = w - effective_weight(q, s, fmt)
+        energies.append(hessian.energy(torch.cat((w, w - rounded, lost))).view(3, -1).T)
+    return torch.cat(energies)
 
 
 def _parts(weights: Sequence[Tensor], elements: int) -> Iterator[Tensor]:
