@@ -16,6 +16,7 @@ from quant.errors import RequestError
 SCALE_SEARCHES = ("absmax", "mse", "hessian")
 SMOOTHINGS = ("adaptive", "channel", "search")
 KEY_SCALES = ("none", "channels", "optimal")
+ROTATE_WHEN = ("always", "better")
 
 
 @dataclass(frozen=True)
@@ -23,15 +24,18 @@ class RotatePass:
     """Offline rotations (QuaRot, as QQQ uses it); see `calibration/rotation.py`.
 
     residual: of the residual stream; norms are folded, a tied head is untied. heads: of every
-    value head. seed: of the random signs.
+    value head. seed: of the random signs. when: "always", or "better": where the model's first
+    blocks show that it pays (`calibration/choice.py`).
     """
 
     residual: bool = True
     heads: bool = True
     seed: int = 0
+    when: str = "always"
 
     def check(self) -> None:
         require(self.residual or self.heads, "rotate: neither residual nor heads is rotated")
+        one_of("rotate.when", self.when, ROTATE_WHEN)
         require(self.seed >= 0, f"rotate: seed is {self.seed}; it must not be negative")
 
 

@@ -101,6 +101,22 @@ class Recipe:
         return next((step for step in self.passes if isinstance(step, RotatePass)), None)
 
     @property
+    def undecided(self) -> bool:
+        """Whether the model is to show if it is rotated; until then the recipe counts as one that
+        rotates, which takes the larger output."""
+        return self.rotate is not None and self.rotate.when == "better"
+
+    def decided(self, rotated: bool) -> Recipe:
+        """An undecided recipe with the rotation, or without."""
+        kept: list[Pass] = []
+        for step in self.passes:
+            if not isinstance(step, RotatePass):
+                kept.append(step)
+            elif rotated:
+                kept.append(dataclasses.replace(step, when="always"))
+        return dataclasses.replace(self, passes=tuple(kept))
+
+    @property
     def smooth(self) -> SmoothPass | None:
         return next((step for step in self.passes if isinstance(step, SmoothPass)), None)
 

@@ -48,8 +48,9 @@ class SkippedLayers:
 class RunReport:
     """A finished quantization. Sizes in bytes; bits_per_weight over the quantized linears.
 
-    ignored: linears that stay as they were, those of `skipped` among them. resumed_blocks: those
-    that an earlier run had finished. peak_device_bytes: of a GPU; None without one.
+    ignored: linears that stay as they were, those of `skipped` among them. rotation: what decided
+    about it, where the recipe had left it to the model. resumed_blocks: those that an earlier run
+    had finished. peak_device_bytes: of a GPU; None without one.
     start_memory_bytes: resident when the run began, with the interpreter and its libraries.
     block_bytes: one block's weights in FP32. activation_bytes: what waits between two steps, at
     activation_place ("device", "cpu" or "disk").
@@ -60,6 +61,7 @@ class RunReport:
     layers: tuple[LayerReport, ...]
     ignored: tuple[str, ...]
     skipped: tuple[SkippedLayers, ...]
+    rotation: str
     resumed_blocks: int
     seconds: float
     peak_memory_bytes: int

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from quant.evaluation.ablation_report import table_cells
+from quant.passes import pass_name
 from quant.report import RunReport
 
 if TYPE_CHECKING:
@@ -69,6 +70,8 @@ def run_table(report: RunReport) -> Table:
         rows.insert(1, ("KV cache", report.recipe["kv_cache"]))
     if report.resumed_blocks:
         rows.insert(2, ("resumed", f"{report.resumed_blocks} blocks were done before"))
+    if report.rotation:
+        rows.insert(2, ("rotation", report.rotation))
     for item in report.skipped:
         names = ", ".join(item.names)
         rows.insert(2, ("NOT QUANTIZED", f"{names}: {item.reason}"))
@@ -104,7 +107,9 @@ def plan_table(plan: RunPlan) -> Table:
     group = "per channel" if fmt.per_channel else f"group {fmt.group_size}"
     kept = sum(row.fmt is None for row in plan.layers)
     tokens = calibration.num_calibration_samples * calibration.max_seq_length
-    passes = ", ".join(next(iter(step)) for step in plan.recipe.to_dict()["passes"])
+    passes = ", ".join(pass_name(step) for step in plan.recipe.passes)
+    if plan.recipe.undecided:
+        passes = passes.replace("rotate", "rotate (where it pays, as measured by the run)")
     rows = [
         ("source", f"{plan.source} ({plan.model_type})"),
         ("scheme", f"{fmt.scheme} ({fmt.numerics}), {group}"),

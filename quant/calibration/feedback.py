@@ -18,7 +18,7 @@ predicted part of the error is smaller on others.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -79,6 +79,18 @@ class UnquantizedStream:
         """1 / rms of the stream after a site, for a batch's tokens: [T, 1]."""
         stream = self.after(layer, site, i).flatten(0, 1)
         return torch.rsqrt(stream.square().mean(dim=1, keepdim=True) + self._cfg.rms_norm_eps)
+
+    def error(self, layer: int, streams: Iterable[Tensor]) -> float:
+        """|h - h^|^2 / |h|^2 of the stream that enters a block, the mean over the tokens of all
+        batches h^ [B, S, H]."""
+        lost, tokens = 0.0, 0
+        for i, hidden in enumerate(streams):
+            target = self._store.get(stream_name(layer), i)[0].flatten(0, 1)
+            energy = target.square().sum(dim=1) + self._cfg.rms_norm_eps
+            error = (target - hidden.flatten(0, 1)).square().sum(dim=1) / energy
+            lost += float(error.double().sum())
+            tokens += len(error)
+        return lost / tokens
 
     def advance(self, layer: int, block: Mapping[str, Tensor]) -> None:
         """Let all batches through a block that is not quantized yet; block by name inside it."""

@@ -117,6 +117,8 @@ class BlockPipeline:
 
     windows [n, S]: token ids. dtype: of what stays unquantized; None: as stored. rewindable: keep
     what entered a block until `leave` says that it is finished, so that it can be quantized again.
+    observed: let the unquantized stream run beside, for `stream_error`, also where no weight is
+    corrected by it.
     """
 
     def __init__(
@@ -131,6 +133,7 @@ class BlockPipeline:
         dtype: torch.dtype | None = None,
         max_error: float = MAX_ERROR,
         rewindable: bool = False,
+        observed: bool = False,
         on_progress: OnProgress = ignore_progress,
     ) -> None:
         self.plan = dict(plan)
@@ -154,8 +157,11 @@ class BlockPipeline:
         self._on_progress = on_progress
         positions = torch.arange(windows.shape[1], device=device).unsqueeze(0)
         self._rope = rotary_table(cfg, positions)
+        self._feedback = (
+            self._rounding.feedback if isinstance(self._rounding, CompensatePass) else 0.0
+        )
         self._unquantized: UnquantizedStream | None = None
-        if isinstance(self._rounding, CompensatePass) and self._rounding.feedback:
+        if self._feedback or observed:
             self._unquantized = UnquantizedStream(cfg, store, len(self._batches), self._rope)
 
     def embed(self) -> None:
@@ -180,6 +186,13 @@ class BlockPipeline:
         """Of each of the streams, by batch."""
         hidden = self._cfg.hidden_size
         return [(torch.float32, (*batch.shape, hidden)) for batch in self._batches]
+
+    def stream_error(self, layer: int) -> float:
+        """What the residual stream has lost on its way to a block: |h - h^|^2 / |h|^2, the mean
+        over all tokens. Only where the unquantized one runs beside."""
+        assert self._unquantized is not None
+        streams = (self.store.get(hidden_name(layer), i)[0] for i in range(len(self._batches)))
+        return self._unquantized.error(layer, streams)
 
     def leave_alone(self, names: Sequence[str]) -> None:
         """From now on these linears (full names) stay as they are."""
@@ -263,7 +276,8 @@ class BlockPipeline:
 
     def _token_weights(self, layer: int, site: str, i: int) -> Tensor:
         """What a batch's tokens weigh in a site's Hessian, [T, 1]."""
-        if self._unquantized is not None and site in FEEDBACK_SITES:
+        if self._feeds_back(site):
+            assert self._unquantized is not None
             return self._unquantized.token_weights(layer, site, i)
         return torch.ones(self._batches[i].numel(), 1, device=self.device)
 
@@ -280,6 +294,9 @@ class BlockPipeline:
             started = time.perf_counter()
             self._unquantized.advance(layer, block)
             self.seconds.tokens += time.perf_counter() - started
+
+    def _feeds_back(self, site: str) -> bool:
+        return self._feedback > 0 and site in FEEDBACK_SITES
 
     def _smooths(self, site: str) -> bool:
         return self._smoothing is not None and site in self._smoothing.sites
@@ -374,7 +391,7 @@ class BlockPipeline:
         hessian = InputHessian(plan.shape[1], self.device)
         amax = torch.zeros(plan.shape[1], device=self.device)
         cross = None
-        if self._unquantized is not None and site in FEEDBACK_SITES:
+        if self._feeds_back(site):
             cross = torch.zeros(plan.shape, device=self.device)
         broken = 0
         for i in range(len(self._batches)):

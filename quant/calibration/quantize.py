@@ -13,6 +13,7 @@ import torch
 
 from quant.architectures import SITES, check_length
 from quant.calibration.activations import MemoryStore
+from quant.calibration.choice import BLOCKS, WINDOWS, choose_rotation
 from quant.calibration.data import calibration_windows, load_tokens
 from quant.calibration.pipeline import BlockPipeline
 from quant.calibration.plan import RunPlan, make_plan, open_store
@@ -39,6 +40,7 @@ from quant.checkpoint.compressed_tensors import (
     SIDE_VERSION,
     quantization_config,
 )
+from quant.checkpoint.journal import Journal
 from quant.checkpoint.reader import CheckpointReader, load_tokenizer
 from quant.checkpoint.shards import header_bytes, parse_size
 from quant.checkpoint.side import Side, side_keys, write_side_tensors
@@ -199,6 +201,13 @@ def quantize(
         release_free_memory()  # the text and its encoding
         on_progress(Progress("calibration data", 1, 1, recipe.calibration.dataset))
         fingerprint = fingerprint_of(reader, recipe, options.settings, windows, on_progress)
+        choice = ""
+        if recipe.undecided:
+            recipe, choice = _decide(
+                recipe, reader, planned, windows, options, journal, writer.work, on_progress
+            )
+            planned = _plan(reader, recipe, options)
+            fingerprint = dataclasses.replace(fingerprint, recipe=recipe.to_dict())
         begin(writer, journal, fingerprint)
         store = open_store(planned, options.device, writer.work / ACTIVATIONS)
         pipeline = BlockPipeline(
@@ -243,6 +252,7 @@ def quantize(
         layers=tuple(rows),
         ignored=ignored,
         skipped=tuple(skipped),
+        rotation=choice,
         resumed_blocks=resumed,
         seconds=time.perf_counter() - started,
         peak_memory_bytes=peak_memory_bytes(),
@@ -255,6 +265,30 @@ def quantize(
         source_size_bytes=reader.size_bytes(),
         bits_per_weight=mean_bits_per_weight(rows),
     )
+
+
+def _decide(
+    recipe: Recipe,
+    reader: CheckpointReader,
+    planned: RunPlan,
+    windows: torch.Tensor,
+    options: Options,
+    journal: Journal,
+    work: Path,
+    on_progress: OnProgress,
+) -> tuple[Recipe, str]:
+    """An undecided recipe, decided; and what decided it. A run that goes on has done so before."""
+    if journal.fingerprint is not None and journal.blocks:
+        begun = journal.fingerprint.recipe
+        rotated = recipe.decided(True)
+        if begun == rotated.to_dict():
+            return rotated, "rotated, as the run was begun"
+        return recipe.decided(False), "not rotated, as the run was begun"
+    choice = choose_rotation(
+        reader, planned, windows, options.device, options.dtype, work, on_progress
+    )
+    release_free_memory()
+    return recipe.decided(choice.rotates), str(choice)
 
 
 def _estimate_seconds(
@@ -291,8 +325,12 @@ def _estimate_seconds(
             return None
     on_progress(Progress("measure a block", len(SITES), len(SITES)))
     spent = pipeline.seconds
-    each = spent.weights + spent.tokens * len(windows) / len(few)
-    return each * reader.config.num_layers
+    each_token = spent.tokens / len(few)
+    seconds = (spent.weights + each_token * len(windows)) * reader.config.num_layers
+    if planned.recipe.undecided:
+        chosen = spent.weights + each_token * min(len(windows), WINDOWS)
+        seconds += 2 * min(BLOCKS, reader.config.num_layers) * chosen
+    return seconds
 
 
 def directory_bytes(directory: Path) -> int:
