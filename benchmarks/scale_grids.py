@@ -2,19 +2,19 @@
 
     python benchmarks/scale_grids.py MODEL --group-size 128
 
-`lut` numerics multiply E4M3(q * t), t an E4M3 group scale. Group scales of a trained model lie where
-E4M3 has few bits left or none, so they are multiplied by something first:
+`lut` numerics multiply E4M3(q * t), t an E4M3 group scale. Group scales of a trained model lie
+where E4M3 has few bits left or none, so they are multiplied by something first:
 
     none        nothing
     smallest    FireQ: per tensor, the smallest power of two with which the fewest scales fall below
                 the smallest subnormal (those that remain keep one or two bits)
     largest     per tensor, the largest power of two that does not overflow
-    row unit    this project: a unit per output row, so that the row's largest t is 56 (`formats.py`)
+    row unit    this project: a unit per output row, so that its largest t is 56 (`formats.py`)
     exact       BF16 group scales, on FP32 partial sums: no E4M3 at all
 
-Every grid gets the same scales to start from, max|W| / 7.5, and the nearest codes on what the kernel
-multiplies. The figures are |W - W^|^2 / |W|^2 over all linears of the blocks, and the share of group
-scales that E4M3 holds as a subnormal or not at all. Weights of larger models are smaller:
+Every grid gets the same scales to start from, max|W| / 7.5, and the nearest codes on what the
+kernel multiplies. The figures are |W - W^|^2 / |W|^2 over all linears of the blocks, and the share
+of group scales that E4M3 holds as a subnormal or not at all. Weights of larger models are smaller:
 --deviation 0.02, the usual initializer_range of decoders, scales every linear to it first.
 """
 

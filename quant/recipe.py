@@ -17,14 +17,11 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import types
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from quant import strict_yaml
 from quant.errors import RequestError
 from quant.passes import (
     PASSES,
@@ -165,13 +162,13 @@ class Recipe:
                     f"unknown option {key!r}; known: {', '.join(known)}{nearest(key, known)}"
                 )
         if "ignore" in own:
-            own["ignore"] = _strings(own["ignore"], "options", "ignore")
+            own["ignore"] = strict_yaml.strings(own["ignore"], "options", "ignore")
         if own.get("scheme", self.scheme) != self.scheme and "numerics" not in own:
             own["numerics"] = ""
         kept = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         section = {**dataclasses.asdict(self.calibration), **calibration}
-        kept["calibration"] = _build(Calibration, section, "options", "calibration")
-        new: Recipe = _build(Recipe, {**kept, **own}, "options", "recipe")
+        kept["calibration"] = strict_yaml.build(Calibration, section, "options", "calibration")
+        new: Recipe = strict_yaml.build(Recipe, {**kept, **own}, "options", "recipe")
         new.check()
         return new
 
@@ -205,20 +202,17 @@ def load_recipe(name: str) -> Recipe:
 
 def parse_recipe(text: str, where: str) -> Recipe:
     """A recipe from YAML text; `where` names it in errors."""
-    try:
-        data = yaml.load(text, Loader=_UniqueKeyLoader)  # a SafeLoader
-    except yaml.YAMLError as error:
-        raise RequestError(f"{where} is not valid YAML: {error}") from error
-    data = _mapping(data, where, "recipe")
+    data = strict_yaml.load(text, where)
+    data = strict_yaml.mapping(data, where, "recipe")
     values = dict(data)
     if "calibration" in values:
-        section = _mapping(values["calibration"], where, "calibration")
-        values["calibration"] = _build(Calibration, section, where, "calibration")
+        section = strict_yaml.mapping(values["calibration"], where, "calibration")
+        values["calibration"] = strict_yaml.build(Calibration, section, where, "calibration")
     if "passes" in values:
-        values["passes"] = _passes(values["passes"], where)
+        values["passes"] = parse_passes(values["passes"], where)
     if "ignore" in values:
-        values["ignore"] = _strings(values["ignore"], where, "ignore")
-    recipe = _build(Recipe, values, where, "recipe")
+        values["ignore"] = strict_yaml.strings(values["ignore"], where, "ignore")
+    recipe = strict_yaml.build(Recipe, values, where, "recipe")
     try:
         recipe.check()
     except RequestError as error:
@@ -226,23 +220,9 @@ def parse_recipe(text: str, where: str) -> Recipe:
     return recipe
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """A key given twice is an error, not the last one's win."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
-        for i, key in enumerate(keys):
-            if key in keys[:i]:
-                where = node.value[i][0].start_mark
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{key!r} is given twice", where
-                )
-        return super().construct_mapping(node, deep)
-
-
-def _passes(value: Any, where: str) -> tuple[Pass, ...]:
+def parse_passes(value: Any, where: str) -> tuple[Pass, ...]:
     if not isinstance(value, list):
-        raise RequestError(f"{where}: passes must be a list, got {_kind(value)}")
+        raise RequestError(f"{where}: passes must be a list, got {strict_yaml.kind_of(value)}")
     found = []
     for item in value:
         options = {item: None} if isinstance(item, str) else item
@@ -254,8 +234,8 @@ def _passes(value: Any, where: str) -> tuple[Pass, ...]:
                 f"{where}: pass {name!r} is unknown; known: {', '.join(PASSES)}"
                 + nearest(str(name), list(PASSES))
             )
-        section = _mapping({} if section is None else section, where, str(name))
-        found.append(_build(PASSES[name], section, where, f"passes.{name}"))
+        section = strict_yaml.mapping({} if section is None else section, where, str(name))
+        found.append(strict_yaml.build(PASSES[name], section, where, f"passes.{name}"))
     return tuple(found)
 
 
@@ -265,54 +245,8 @@ def _options(step: Pass) -> dict[str, Any]:
     return {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
 
 
-def _build(cls: type[Any], values: dict[str, Any], where: str, section: str) -> Any:
-    """A dataclass from a mapping whose keys and types must be right."""
-    hints = typing.get_type_hints(cls)
-    fields = [f.name for f in dataclasses.fields(cls)]
-    for key, value in values.items():
-        if key not in fields:
-            raise RequestError(
-                f"{where}: unknown key {key!r} in {section}; known: {', '.join(fields)}"
-                + nearest(str(key), fields)
-            )
-        wanted = hints[key]
-        if wanted == tuple[str, ...] and section.startswith("passes."):
-            values = {**values, key: _strings(value, where, f"{section}.{key}")}
-            continue
-        if isinstance(wanted, types.GenericAlias) or dataclasses.is_dataclass(wanted):
-            continue  # built by the caller, and so already of the right type
-        if wanted is float and isinstance(value, int) and not isinstance(value, bool):
-            values = {**values, key: float(value)}
-        elif not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
-            # YAML 1.1 reads 1e-2, without a point, as a string.
-            hint = (
-                "; write it with a decimal point" if wanted is float and "e" in str(value) else ""
-            )
-            raise RequestError(
-                f"{where}: {section}.{key} must be {wanted.__name__}, "
-                f"got {_kind(value)} {value!r}{hint}"
-            )
-    return cls(**values)
-
-
 def _check_pattern(pattern: str) -> None:
     try:
         re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else "")
     except re.error as error:
         raise RequestError(f"ignore: {pattern!r} is no regular expression: {error}") from error
-
-
-def _mapping(value: Any, where: str, section: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise RequestError(f"{where}: {section} must be a mapping, got {_kind(value)}")
-    return value
-
-
-def _strings(value: Any, where: str, key: str) -> tuple[str, ...]:
-    if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
-        raise RequestError(f"{where}: {key} must be a list of strings")
-    return tuple(value)
-
-
-def _kind(value: Any) -> str:
-    return "nothing" if value is None else type(value).__name__

@@ -25,20 +25,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from quant import strict_yaml
 from quant.errors import RequestError
 from quant.passes import nearest
 from quant.recipe import (
     DEFAULT_PRESET,
     Calibration,
     Recipe,
-    _build,
-    _mapping,
-    _passes,
-    _strings,
-    _UniqueKeyLoader,
     load_recipe,
+    parse_passes,
     presets,
 )
 
@@ -151,11 +146,7 @@ def load_ablation(name: str) -> Ablation:
 
 def parse_ablation(text: str, where: str) -> Ablation:
     """An ablation from YAML text; `where` names it in errors."""
-    try:
-        data = yaml.load(text, Loader=_UniqueKeyLoader)  # a SafeLoader
-    except yaml.YAMLError as error:
-        raise RequestError(f"{where} is not valid YAML: {error}") from error
-    data = _mapping(data, where, "ablation")
+    data = strict_yaml.mapping(strict_yaml.load(text, where), where, "ablation")
     _known_keys(data, SECTIONS, where, "ablation")
     limit = data.get("limit", 0)
     if type(limit) is not int or limit < 0:
@@ -172,24 +163,25 @@ def parse_ablation(text: str, where: str) -> Ablation:
     if not rows:
         raise RequestError(f"{where}: rows is empty; there is nothing to compare")
     _unique([UNQUANTIZED, *(row.name for row in rows)], f"{where}: the row")
-    tasks = _strings(data.get("tasks", []), where, "tasks")
+    tasks = strict_yaml.strings(data.get("tasks", []), where, "tasks")
     spec = Ablation(rows, corpora, tasks, limit or None)
     spec.check(where)
     return spec
 
 
 def _calibration(value: Any, where: str) -> Calibration:
-    section = _mapping(value, where, "calibration")
+    section = strict_yaml.mapping(value, where, "calibration")
     if "seed" in section:
         raise RequestError(f"{where}: calibration.seed is the list `seeds`, beside calibration")
-    found: Calibration = _build(Calibration, section, where, "calibration")
+    found: Calibration = strict_yaml.build(Calibration, section, where, "calibration")
     _checked(found.check, f"{where}: calibration")
     return found
 
 
 def _corpus(value: Any, where: str) -> Corpus:
     section = {"dataset": value} if isinstance(value, str) else value
-    found: Corpus = _build(Corpus, _mapping(section, where, "perplexity"), where, "perplexity")
+    section = strict_yaml.mapping(section, where, "perplexity")
+    found: Corpus = strict_yaml.build(Corpus, section, where, "perplexity")
     _checked(found.check, f"{where}: perplexity")
     return found
 
@@ -197,7 +189,7 @@ def _corpus(value: Any, where: str) -> Corpus:
 def _row(
     value: Any, number: int, calibration: Calibration, seeds: tuple[int, ...], where: str
 ) -> Row:
-    row = _mapping(value, where, f"row {number}")
+    row = strict_yaml.mapping(value, where, f"row {number}")
     name = row.get("name")
     if not isinstance(name, str) or not name.strip():
         raise RequestError(f"{where}: row {number} has no name; a name is a text, got {name!r}")
@@ -216,7 +208,7 @@ def _row(
 
     def resolve() -> Recipe:
         if "passes" in changes:
-            changes["passes"] = _passes(changes["passes"], here)
+            changes["passes"] = parse_passes(changes["passes"], here)
         return load_recipe(preset).override(**changes)
 
     return Row(name.strip(), _checked(resolve, here), _seeds(row.get("seeds", seeds), here))
