@@ -19,7 +19,7 @@ tensors from the output and see the same numbers.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -40,14 +40,11 @@ from quant.calibration.smoothing import SEARCHED_TOKENS, SiteWork, smooth_site
 from quant.checkpoint.reader import CheckpointReader
 from quant.decoder import (
     KeyTransform,
-    Linear,
     advance,
     begin,
     causal_attention,
-    packed_outputs,
     quantized_attention,
     rotary_table,
-    site_outputs,
 )
 from quant.memory import release_free_memory
 from quant.passes import CompensatePass, RopePass
@@ -433,7 +430,7 @@ class BlockPipeline:
         attend = causal_attention(cfg.sliding_windows[layer])
         if self._kv is not None:
             attend = quantized_attention(attend, self._kv, work.keys)
-        outputs_of = self._outputs(work, site)
+        outputs_of = work.linears(site, self._inputs, self._batches, self.device)
         # The sites after which something is added to the residual stream.
         adds = site in FEEDBACK_SITES
         before = _stream_before(layer, site)
@@ -451,34 +448,6 @@ class BlockPipeline:
         self._inputs.divisor = None  # from here on the next site's inputs are read
         self.seconds.tokens += time.perf_counter() - started
 
-    def _outputs(self, work: BlockWork, site: str) -> Callable[[int], list[Tensor]]:
-        """A function that computes a site's linears for a batch: [B, S, N] each, FP32."""
-        names, block, packed = SITES[site], work.tensors, work.packed
-        biases = {
-            name: block[f"{name}.bias"].float() if self._cfg.has_bias(name) else None
-            for name in names
-        }
-        if all(name in packed for name in names):
-            expanded = [(reference.expand(packed[name]), biases[name]) for name in names]
-            activation = packed[names[0]].fmt.activation
-
-            def of_codes(i: int) -> list[Tensor]:
-                codes, scale = self._inputs.quantized(i, activation)
-                shape = self._batches[i].shape
-                return packed_outputs(expanded, codes, scale, shape, torch.float32)
-
-            return of_codes
-        linears = [
-            Linear(
-                packed[name]
-                if name in packed
-                else block[f"{name}.weight"].to(self.device, torch.float32),
-                biases[name],
-            )
-            for name in names
-        ]
-        return lambda i: site_outputs(linears, self._inputs.dense(i))
-
     def _scale_keys(self, work: BlockWork, step: RopePass) -> None:
         """Choose what is done to the keys, from some of the tokens; pairs are folded."""
         started = time.perf_counter()
@@ -489,7 +458,7 @@ class BlockPipeline:
             seen.add(q, k)
             return q
 
-        outputs_of = self._outputs(work, site)
+        outputs_of = work.linears(site, self._inputs, self._batches, self.device)
         for i in self._sampled(SAMPLED_TOKENS):
             self._tick(work.layer, site)
             outputs = outputs_of(i)

@@ -21,7 +21,7 @@ from quant.calibration.scales import choose_scales
 from quant.checkpoint.reader import CheckpointReader, load_tokenizer
 from quant.decoder import Linear, rms_norm
 from quant.errors import RequestError, WorkFailed
-from quant.recipe import Recipe
+from quant.recipe import DEFAULT_PRESET, Recipe, load_recipe
 from quant.report import read_jsonl
 from quant.runtime.model import load_decoder
 from quant.schemes import plan_layers
@@ -272,7 +272,10 @@ def test_progress_counts_every_site_once_and_ends(tiny_checkpoint, calibration, 
 
 def test_plan_foretells_the_run_and_writes_nothing(quantized, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in quantized.source.iterdir()}
-    planned = plan(str(quantized.source), tmp_path / "out", **quantized.overrides)
+    # The run has decided whether to rotate; the default recipe leaves that to it.
+    rotated = any("rotate" in step for step in quantized.report.recipe["passes"])
+    recipe = load_recipe(DEFAULT_PRESET).decided(rotated)
+    planned = plan(str(quantized.source), tmp_path / "out", recipe, **quantized.overrides)
     assert not list(tmp_path.iterdir())
     assert {path: path.stat().st_mtime_ns for path in quantized.source.iterdir()} == before
     rows = {row.name: row for row in planned.layers}
