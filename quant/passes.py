@@ -66,12 +66,14 @@ class SmoothPass:
 class RopePass:
     """Scales of keys for a quantized KV cache (FireQ and beyond); see `calibration/rope.py`.
 
-    Does nothing without a quantized cache. pre: exponent of the scale of every pair before RoPE,
-    folded into q and k; 0: none. post: of channels after RoPE, applied online: "channels" (by their
-    maxima), "optimal" (least error of the attention), or "none". strength and top_k: of "channels";
-    top_k 0 means all.
+    Does nothing without a quantized cache. turn: turn every pair of channels before RoPE, folded
+    into q and k, to where keys take the least range. pre: exponent of the scale of every pair
+    before RoPE, folded too; 0: none. post: of channels after RoPE, applied online: "channels" (by
+    their maxima), "optimal" (least error of the attention), or "none". strength and top_k: of
+    "channels"; top_k 0 means all.
     """
 
+    turn: bool = False
     pre: float = 0.0
     post: str = "optimal"
     strength: float = 0.5
@@ -81,6 +83,10 @@ class RopePass:
         one_of("rope.post", self.post, KEY_SCALES)
         require(0 <= self.pre <= 1, f"rope.pre is {self.pre}; it must be in [0, 1]")
         require(0 < self.strength <= 1, f"rope.strength is {self.strength}; it must be in (0, 1]")
+        require(
+            not self.turn or self.post == "optimal",
+            f"rope.turn is for post: optimal; post is {self.post}",
+        )
         require(self.top_k >= 0, f"rope.top_k is {self.top_k}; it must not be negative")
         require(self.pre > 0 or self.post != "none", "rope: neither pre nor post scales anything")
 

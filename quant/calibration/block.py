@@ -69,7 +69,7 @@ class BlockWork:
             )
             for name in names
         ]
-        return lambda i: site_outputs(dense, inputs.dense(i))
+        return lambda i: site_outputs(dense, inputs.dense(i).view(*batches[i].shape, -1))
 
     def site_function(
         self,

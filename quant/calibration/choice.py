@@ -26,6 +26,7 @@ from quant.calibration.pipeline import BlockPipeline
 from quant.calibration.plan import RunPlan, open_store
 from quant.calibration.site import SiteFailed
 from quant.checkpoint.reader import CheckpointReader
+from quant.errors import WorkFailed
 from quant.recipe import Recipe
 from quant.report import OnProgress, Progress
 
@@ -49,11 +50,15 @@ class RotationChoice:
         return math.isfinite(self.rotated) and self.rotated <= WORTH_IT * self.plain
 
     def __str__(self) -> str:
+        plain = f"{_share(self.plain)} without"
+        if not math.isfinite(self.rotated):
+            return f"not rotated: the first blocks cannot be, {plain}"
         verdict = "rotated" if self.rotates else "not rotated"
-        return (
-            f"{verdict}: the first blocks lose {self.rotated:.3%} of the stream with it, "
-            f"{self.plain:.3%} without"
-        )
+        return f"{verdict}: the first blocks {_share(self.rotated)} with it, {plain}"
+
+
+def _share(error: float) -> str:
+    return f"lose {error:.3%} of the stream" if math.isfinite(error) else "cannot be quantized"
 
 
 def choose_rotation(
@@ -108,7 +113,7 @@ def _stream_error(
     announce: Callable[[int], None],
 ) -> float:
     """The relative error of the stream after the first blocks, quantized from the first windows, on
-    the second ones. Infinite where a site cannot be quantized."""
+    the second ones. Infinite where a block cannot be rotated or quantized."""
     seen, held_out = (
         BlockPipeline(
             reader,
@@ -136,7 +141,7 @@ def _stream_error(
             seen.leave(layer)
             held_out.forward(layer, finished)
         return held_out.stream_error(blocks)
-    except SiteFailed:
+    except (SiteFailed, WorkFailed):
         return math.inf
     finally:
         seen.store.close()

@@ -34,8 +34,11 @@ class SiteInputs:
         self._store.put(INPUTS, i, x.to(dtype))
 
     def dense(self, i: int) -> Tensor:
-        """A batch that was kept dense, smoothed: [B, S, K] FP32."""
-        x = self._store.get(INPUTS, i)[0].float()
+        """A batch kept dense, smoothed, [B, S, K] FP32; of one kept as codes their meaning, [T, K]."""
+        inputs = self._store.get(INPUTS, i)
+        if len(inputs) == 2:
+            return reference.dequantize_activation(*inputs)
+        x = inputs[0].float()
         return x if self.divisor is None else x / self.divisor
 
     def quantized(self, i: int, activation: str) -> tuple[Tensor, Tensor]:

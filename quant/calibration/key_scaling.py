@@ -1,4 +1,4 @@
-"""The pass `rope` on a block: scales of its keys from what calibration has seen of them.
+"""The pass `rope` on a block: its keys turned and scaled by what calibration has seen of them.
 
 Pair scales are folded into rows of q and k that are quantized already, so they are powers of two:
 then codes stay, and every number takes the scale up exactly (`folding.py`). Where channels are
@@ -6,6 +6,8 @@ scaled after RoPE, their pairs are left alone before it.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +19,9 @@ from quant.calibration.rope import (
     KeyStatistics,
     channel_scale,
     fold_pair_scale,
+    fold_turn,
     optimal_transform,
+    optimal_turn,
     pair_scale,
     shared_pairs,
     without_scaled_pairs,
@@ -45,6 +49,18 @@ def scale_keys(
             n = without_scaled_pairs(n, keys.scale)
         _fold_pairs(work, n)
     return keys
+
+
+def turn_pairs(
+    work: BlockWork, seen: KeyStatistics, planned: Sequence[str], *, symmetric: bool
+) -> None:
+    """Turn the pairs of keys and queries, of which nothing is packed yet. planned: linears to
+    quantize, by name inside the block."""
+    folded = fold_turn(work.tensors, work.cfg, optimal_turn(seen.samples(), symmetric=symmetric))
+    for name, tensor in folded.items():
+        # What is to be quantized need not be rounded before.
+        stays = name.removesuffix(".weight") not in planned
+        work.tensors[name] = tensor.to(work.tensors[name].dtype) if stays else tensor
 
 
 def _fold_pairs(work: BlockWork, n: Tensor) -> None:

@@ -32,7 +32,7 @@ from quant.calibration.feedback import FEEDBACK_SITES, UnquantizedStream, correc
 from quant.calibration.folding import folded_scale
 from quant.calibration.hessian import InputHessian
 from quant.calibration.inputs import SiteInputs
-from quant.calibration.key_scaling import scale_keys
+from quant.calibration.key_scaling import scale_keys, turn_pairs
 from quant.calibration.rope import SAMPLED_TOKENS, KeyStatistics
 from quant.calibration.rotation import NORM_OF, Rotation, make_rotation
 from quant.calibration.site import MAX_ERROR, SiteFailed, part_elements, quantize_site, report_row
@@ -46,6 +46,7 @@ from quant.decoder import (
     quantized_attention,
     rotary_table,
 )
+from quant.errors import WorkFailed
 from quant.memory import release_free_memory
 from quant.passes import CompensatePass, RopePass
 from quant.recipe import Recipe
@@ -142,6 +143,7 @@ class BlockPipeline:
         self._smoothing = recipe.smooth
         self._key_scaling = recipe.rope
         self._kv = recipe.kv_format
+        self._symmetric_cache = self._kv is not None and self._kv.symmetric
         self.rotation = Rotation(None, None)
         if recipe.rotate is not None:
             self.rotation = make_rotation(recipe.rotate, cfg, device)
@@ -197,7 +199,10 @@ class BlockPipeline:
             self.plan[name] = replace(self.plan[name], fmt=None)
 
     def quantize(self, layer: int) -> QuantizedBlock:
-        """Quantize a block, and let the tokens through it. Raises SiteFailed."""
+        """Quantize a block, and let the tokens through it.
+
+        Raises SiteFailed, and WorkFailed where a block cannot be rotated, or its keys scaled.
+        """
         started = time.perf_counter()
         work = BlockWork(self._cfg, layer, self._read(layer))
         if layer + 1 < self._cfg.num_layers:
@@ -209,6 +214,8 @@ class BlockPipeline:
         self._advance_unquantized(layer, work.tensors)
         self._enter(layer, work.tensors)
         for site in SITES:
+            if site == "qkv" and self._turns_pairs:
+                self._turn_pairs(work)
             if self._planned(layer, site):
                 rows += self._quantize_site(work, site, elements)
             if site == "qkv" and self._key_scaling is not None:
@@ -331,6 +338,12 @@ class BlockPipeline:
         if rotates:
             stored = {name: tensor.to(self.device) for name, tensor in stored.items()}
             self.rotation.block(self._cfg, stored)
+            for name, tensor in stored.items():
+                if not bool(torch.isfinite(tensor).all()):
+                    raise WorkFailed(
+                        f"{block_prefix(layer)}{name} cannot be rotated: with the norm before it "
+                        "folded into it, it overflows; use a recipe without rotate"
+                    )
         planned = {f"{name}.weight" for site in SITES for name in self._planned(layer, site)}
         linears = {f"{name}.weight" for name in LINEARS}
         block = {}
@@ -448,8 +461,22 @@ class BlockPipeline:
         self._inputs.divisor = None  # from here on the next site's inputs are read
         self.seconds.tokens += time.perf_counter() - started
 
+    @property
+    def _turns_pairs(self) -> bool:
+        """Not where weights come between q_proj and RoPE, or k_proj and RoPE."""
+        return self._key_scaling is not None and self._key_scaling.turn and not self._cfg.qk_norm
+
+    def _turn_pairs(self, work: BlockWork) -> None:
+        planned = self._planned(work.layer, "qkv")
+        turn_pairs(work, self._seen_of_keys(work), planned, symmetric=self._symmetric_cache)
+
     def _scale_keys(self, work: BlockWork, step: RopePass) -> None:
         """Choose what is done to the keys, from some of the tokens; pairs are folded."""
+        seen = self._seen_of_keys(work)
+        work.keys = scale_keys(work, step, seen, symmetric=self._symmetric_cache)
+
+    def _seen_of_keys(self, work: BlockWork) -> KeyStatistics:
+        """Statistics of the keys, from some of the tokens, with the weights as they are now."""
         started = time.perf_counter()
         cfg, site = self._cfg, "qkv"
         seen = KeyStatistics(cfg, cfg.sliding_windows[work.layer])
@@ -463,7 +490,5 @@ class BlockPipeline:
             self._tick(work.layer, site)
             outputs = outputs_of(i)
             advance(cfg, work.tensors, site, outputs[0], outputs, self._rope, observe)
-        work.keys = scale_keys(
-            work, step, seen, symmetric=self._kv is not None and self._kv.symmetric
-        )
         self.seconds.tokens += time.perf_counter() - started
+        return seen

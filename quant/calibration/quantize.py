@@ -304,11 +304,12 @@ def _estimate_seconds(
     a site of the first block is to be skipped, so that its time says nothing of the others.
     """
     few = windows[:MEASURED_WINDOWS]
+    undecided = planned.recipe.undecided
     with torch.inference_mode():
         pipeline = BlockPipeline(
             reader,
             {row.name: row for row in planned.layers},
-            planned.recipe,
+            planned.recipe.decided(False) if undecided else planned.recipe,
             few,
             MemoryStore(options.device, host=False),
             options.device,
@@ -327,7 +328,7 @@ def _estimate_seconds(
     spent = pipeline.seconds
     each_token = spent.tokens / len(few)
     seconds = (spent.weights + each_token * len(windows)) * reader.config.num_layers
-    if planned.recipe.undecided:
+    if undecided:
         chosen = spent.weights + each_token * min(len(windows), WINDOWS)
         seconds += 2 * min(BLOCKS, reader.config.num_layers) * chosen
     return seconds

@@ -163,7 +163,8 @@ def smooth_site(
 def choose_smoothing(site: Site, step: SmoothPass, damping: float) -> tuple[Tensor, str]:
     """s [K] FP32, above 0, and what was chosen, for the report. Factorizes the Hessian (search)."""
     if step.method == "channel":
-        return _homogeneous(site, step.strength), f"channel^{step.strength:g}"
+        s = _homogeneous(site, step.strength)
+        return (s, f"channel^{step.strength:g}") if _usable(s) else (torch.ones_like(s), "none")
     if step.method == "adaptive":
         return _adaptive(site)
     return _search(site, damping)
@@ -217,6 +218,8 @@ def _search(site: Site, damping: float) -> tuple[Tensor, str]:
     energy = weights.square().sum(dim=0)
     best, best_s, best_label = torch.inf, torch.ones_like(pivots), "none"
     for label, s in _candidates(site):
+        if not _usable(s):
+            continue
         x = site.sample.tokens / s
         noise = activation_noise(x, site.fmt, site.sample.token_weights)
         w, importance = weights * s, pivots / s.square()
@@ -245,6 +248,11 @@ def activation_noise(x: Tensor, fmt: WeightFormat, token_weights: Tensor) -> Ten
     """mean_t (w_t (Qa(x) - x))^2 [K] for x [T, K] and weights w [T, 1]."""
     seen = reference.dequantize_activation(*reference.quantize_activation(x, fmt.activation))
     return (token_weights * (seen - x)).square().mean(dim=0)
+
+
+def _usable(s: Tensor) -> bool:
+    """Not where sums over huge weights have overflowed; rounding then says what is wrong."""
+    return bool((torch.isfinite(s) & (s > 0)).all())
 
 
 def _centred(s: Tensor) -> Tensor:

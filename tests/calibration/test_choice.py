@@ -2,9 +2,11 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import quant.calibration.choice as choice
 import quant.calibration.pipeline as pipeline
@@ -19,7 +21,7 @@ from quant.calibration.quantize import plan, quantize
 from quant.calibration.rotation import make_rotation
 from quant.checkpoint.reader import CheckpointReader, load_tokenizer
 from quant.decoder import block_forward, causal_attention, rotary_table
-from quant.errors import RequestError
+from quant.errors import RequestError, WorkFailed
 from quant.passes import RotatePass
 from quant.recipe import Recipe, parse_recipe
 from quant.runtime.model import load_decoder
@@ -249,3 +251,22 @@ def test_a_plan_leaves_room_for_the_rotation(tiny_checkpoint, calibration, tmp_p
     }
     assert sizes["undecided"].size_bytes == sizes["rotated"].size_bytes
     assert sizes["undecided"].size_bytes > sizes["plain"].size_bytes
+
+
+def test_a_block_that_cannot_be_rotated_is_said_to_be(tiny_checkpoint, calibration, tmp_path):
+    """A norm's weight times a linear's overflows; the channel between them is always zero."""
+    source = tmp_path / "source"
+    shutil.copytree(tiny_checkpoint("llama"), source)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.embed_tokens.weight"][:, 5] = 0.0
+    for layer in range(2):
+        tensors[f"model.layers.{layer}.self_attn.o_proj.weight"][5] = 0.0
+        tensors[f"model.layers.{layer}.mlp.down_proj.weight"][5] = 0.0
+    tensors["model.layers.1.post_attention_layernorm.weight"][5] = 1e25
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 5] = 1e15
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    options = {**calibration, "device": "cpu"}
+    with pytest.raises(WorkFailed, match=r"layers\.1\.mlp\.up_proj.* cannot be rotated"):
+        quantize(str(source), tmp_path / "out", recipe_of("rotated"), **options)
+    report = quantize(str(source), tmp_path / "whole", recipe_of("undecided"), **options)
+    assert report.rotation.startswith("not rotated: the first blocks cannot be, ")

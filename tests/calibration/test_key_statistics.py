@@ -17,10 +17,13 @@ from quant.calibration.rope import (
     KeyStatistics,
     channel_scale,
     optimal_transform,
+    optimal_turn,
     pair_scale,
     query_moments,
     score_loss,
-    turned_squares,
+    turned,
+    turned_moments,
+    turned_pairs,
 )
 from quant.decoder import KeyTransform, apply_rope, rotary_table
 from quant.errors import WorkFailed
@@ -92,6 +95,11 @@ def test_sampled_keys_are_those_of_other_positions(tiny_checkpoint):
     assert sorted(offsets)[30] < 126 / 2  # more of the positions that every context has
 
 
+def squares(moments: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """M [S, Hk, D] of moments [3, S, Hk, D/2] turned by angles [S, D/2]."""
+    return torch.cat(turned_moments(moments, cos.unsqueeze(1), sin.unsqueeze(1))[:2], dim=-1)
+
+
 @pytest.mark.parametrize("window", [None, 9])
 @pytest.mark.parametrize("offset", [0, 37])
 def test_weights_are_the_sum_over_queries_that_see_a_key(window, offset, tiny_checkpoint):
@@ -109,7 +117,7 @@ def test_weights_are_the_sum_over_queries_that_see_a_key(window, offset, tiny_ch
             wanted[first : i + 1, g] += (p * (1 - p))[:, None] * elsewhere[i, h] ** 2
     half = cfg.head_dim // 2
     cos, sin = (x[0, :, :half].expand(len(k), half) for x in turn)
-    found = turned_squares(query_moments(q, k, window), cos, sin)
+    found = squares(query_moments(q, k, window), cos, sin)
     torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-5)
 
 
@@ -127,7 +135,7 @@ def test_the_sampled_weights_are_turned_with_the_keys(tiny_checkpoint):
         offset = int(errors.amax((0, 2, 3)).argmin())
         half = cfg.head_dim // 2
         cos, sin = (x[0, offset, :half].expand(24, half) for x in angle)
-        wanted = turned_squares(query_moments(q[0], k[0], None), cos, sin)[t]
+        wanted = squares(query_moments(q[0], k[0], None), cos, sin)[t]
         torch.testing.assert_close(samples.weights[t], wanted, rtol=1e-3, atol=1e-3)
 
 
@@ -215,3 +223,45 @@ def test_the_optimum_is_found_in_inference_mode():
     with torch.inference_mode():
         found = optimal_transform(KeySamples(keys.clone(), keys.flip(0).square()))
     assert torch.equal(found.scale, expected.scale)
+
+
+def test_turned_samples_are_those_of_turned_queries_and_keys(tiny_checkpoint):
+    cfg = dataclasses.replace(config_of(tiny_checkpoint, "llama"), max_position_embeddings=24)
+    q, k = (rotated(cfg, x) for x in random_qk(cfg))
+    angles = torch.rand(cfg.num_kv_heads, cfg.head_dim // 2) * 6
+    cos, sin = angles.cos(), angles.sin()
+    ratio = cfg.num_heads // cfg.num_kv_heads
+    each = [x.repeat_interleave(ratio, 0) for x in (cos, sin)]
+    before, after = KeyStatistics(cfg), KeyStatistics(cfg)
+    before.add(q, k)
+    after.add(turned_pairs(q, *each), turned_pairs(k, cos, sin))
+    found, wanted = turned(before.samples(), angles), after.samples()
+    torch.testing.assert_close(found.keys, wanted.keys, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.weights, wanted.weights, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(found.cross, wanted.cross, rtol=1e-3, atol=1e-3)
+
+
+def test_pairs_are_turned_to_where_their_channels_differ():
+    """Keys vary along one direction of every pair, queries look along the other: of both channels
+    apart, one can have a coarse grid; turned by an eighth, both would need a fine one."""
+    generator = torch.Generator().manual_seed(6)
+    heads, half, tokens = 2, 4, 400
+    keys = torch.randn(tokens, heads, 2 * half, generator=generator)
+    keys[..., :half] *= 8
+    squares_of = torch.ones(tokens, heads, 2 * half)
+    squares_of[..., :half] = 1 / 64
+    apart = KeySamples(keys, squares_of, torch.zeros(tokens, heads, half))
+    mixed = turned(apart, torch.full((heads, half), torch.pi / 4))
+    angles = optimal_turn(mixed, steps=200)
+    best = [
+        score_loss(samples, transform.scale, transform.shift)
+        for samples in (apart, mixed, turned(mixed, angles))
+        for transform in [optimal_transform(samples, steps=200)]
+    ]
+    assert bool((best[1] > 3 * best[0]).all())
+    assert bool((best[2] < 1.1 * best[0]).all())
+    # Back by an eighth, or on by one, which swaps the channels.
+    quarter = torch.remainder(angles + torch.pi / 4, torch.pi / 2)
+    assert bool((torch.minimum(quarter, torch.pi / 2 - quarter) < 0.1).all())
+    with torch.inference_mode():
+        assert torch.equal(optimal_turn(mixed, steps=200), angles)

@@ -3,6 +3,7 @@ what the stored checkpoint computes."""
 
 import dataclasses
 import itertools
+import re
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from quant.architectures import LINEARS, LM_HEAD, SITES
 from quant.calibration.data import calibration_windows, load_tokens
 from quant.calibration.folding import PRODUCER, fold, fold_into_rows, shared_by
 from quant.calibration.quantize import quantize
+from quant.calibration.rope import fold_turn
 from quant.calibration.rotation import NORM_OF, make_rotation, orthogonal
 from quant.calibration.scales import choose_scales
 from quant.checkpoint.inspection import inspect_checkpoint
@@ -114,6 +116,27 @@ def test_a_smoothed_model_has_the_same_logits(site, kind, tiny_checkpoint):
     assert (logits(smoothed) - expected).abs().max() < 1e-3
 
 
+def test_a_model_with_turned_pairs_has_the_same_logits(kind, tiny_checkpoint):
+    model = load_decoder(tiny_checkpoint(kind), dtype=torch.float32)
+    cfg, expected = model.config, logits(model)
+    if cfg.qk_norm:
+        # Weights come between q_proj and RoPE; the pass leaves such a model alone.
+        with pytest.raises(ValueError, match="QK-norm"):
+            fold_turn({}, cfg, torch.zeros(cfg.num_kv_heads, cfg.head_dim // 2))
+        return
+    blocks = []
+    for block in model.blocks:
+        tensors = tensors_of(block)
+        angles = torch.rand(cfg.num_kv_heads, cfg.head_dim // 2) * 6
+        folded = fold_turn(tensors, cfg, angles)
+        names = {name for name in tensors if re.search("[qk]_proj", name)}
+        assert set(folded) == names
+        assert all(not torch.allclose(folded[name], tensors[name]) for name in names)
+        blocks.append(block_of({**tensors, **folded}, block))
+    turned = dataclasses.replace(model, blocks=tuple(blocks))
+    assert (logits(turned) - expected).abs().max() < 1e-3
+
+
 def random_scales(count: int, generator: torch.Generator) -> Tensor:
     """Between a third and three, log-uniform."""
     return 3 ** (2 * torch.rand(count, generator=generator) - 1)
@@ -141,6 +164,7 @@ RECIPES = {
     "feedback": "- compensate: {feedback: 0.5}",
     "all": "- rotate: {seed: 7}\n  - smooth: {method: search}\n  - compensate: {feedback: 0.7}",
     "keys": "- rope\n  - compensate",
+    "turned": "- smooth: {sites: [gate_up]}\n  - rope: {turn: true}\n  - compensate",
     "pairs": "- rope: {pre: 0.5, post: channels, top_k: 3}\n  - compensate: {feedback: 0.5}",
     "rounded": "- rotate: {heads: false}\n  - smooth: {method: channel}\n  - round",
 }
@@ -209,7 +233,7 @@ def test_calibration_ends_with_the_hidden_states_of_the_stored_checkpoint(
     assert any(row.smoothing for row in report.layers) == ("smooth" in RECIPES[recipe])
 
 
-@pytest.mark.parametrize("recipe", ["search", "feedback", "all", "pairs", "keys"])
+@pytest.mark.parametrize("recipe", ["search", "feedback", "all", "pairs", "keys", "turned"])
 @pytest.mark.parametrize("offload", ["cpu", "disk"])
 def test_a_resumed_run_writes_the_same_bytes(
     recipe, offload, tiny_checkpoint, calibration, tmp_path, monkeypatch

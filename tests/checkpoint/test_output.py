@@ -49,7 +49,7 @@ def test_failure_in_the_middle_keeps_finished_blocks_only(
     monkeypatch.setattr(pipeline, "advance", fail_once)
     source, output = str(tiny_checkpoint("llama")), tmp_path / deep
     with pytest.raises(error, match="now"):
-        quantize(source, output, device="cpu", **calibration)
+        quantize(source, output, "gptq", device="cpu", **calibration)
     assert not output.exists()
     assert finished_blocks(output) == blocks
     left = [path.name for path in tmp_path.rglob("*") if path.name.endswith("partial")]
@@ -57,7 +57,7 @@ def test_failure_in_the_middle_keeps_finished_blocks_only(
     if deep == "out" and not blocks:
         assert not snapshot(tmp_path)
     monkeypatch.undo()
-    report = quantize(source, output, device="cpu", resume=True, **calibration)
+    report = quantize(source, output, "gptq", device="cpu", resume=True, **calibration)
     assert report.resumed_blocks == blocks
     assert [path.name for path in output.parent.iterdir()] == ["out"]
 
