@@ -34,7 +34,7 @@ class SiteInputs:
         self._store.put(INPUTS, i, x.to(dtype))
 
     def dense(self, i: int) -> Tensor:
-        """A batch kept dense, smoothed, [B, S, K] FP32; of one kept as codes their meaning, [T, K]."""
+        """A batch kept dense, smoothed, [B, S, K] FP32; one kept as codes dequantized, [T, K]."""
         inputs = self._store.get(INPUTS, i)
         if len(inputs) == 2:
             return reference.dequantize_activation(*inputs)
