@@ -20,7 +20,7 @@ means it to run, activations quantized per token, over the windows of `quantize 
 formula: that is the figure to compare with a checkpoint of `quantize run`.
 
 The figures, on the screen and as --json: wall seconds of quantizing (the model loaded before), peak
-resident bytes of this process, versions, and with --evaluate the perplexity.
+resident bytes of this process, versions, and the perplexity on each text of --evaluate.
 """
 
 from __future__ import annotations
@@ -158,7 +158,13 @@ def main() -> None:
     parser.add_argument("--num-calibration-samples", type=int, default=64)
     parser.add_argument("--max-seq-length", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0, help="which windows; as of quantize run")
-    parser.add_argument("--evaluate", metavar="DATASET", help="for perplexity, as of quantize eval")
+    parser.add_argument(
+        "--evaluate",
+        metavar="DATASET",
+        action="append",
+        default=[],
+        help="for perplexity, as of quantize eval; repeatable",
+    )
     parser.add_argument("--window", type=int, default=2048)
     parser.add_argument("--max-windows", type=int, default=10)
     parser.add_argument("--json", type=Path)
@@ -192,10 +198,12 @@ def main() -> None:
     }
     save_dense(model, args.model, args.output)
     np.save(args.output / "calibration_windows.npy", windows.numpy())  # [n, S], as it was seen
-    if args.evaluate:
-        stream = load_tokens(args.evaluate, tokenizer, vocabulary)
-        found = perplexity(model.eval(), stream, args.window, args.max_windows)
-        figures |= {"evaluated_on": args.evaluate, "perplexity": found}
+    model.eval()
+    found = {}
+    for text in args.evaluate:
+        stream = load_tokens(text, tokenizer, vocabulary)
+        found[text] = perplexity(model, stream, args.window, args.max_windows)
+    figures["perplexity"] = found
     print(json.dumps(figures, indent=2))
     if args.json:
         args.json.write_text(json.dumps(figures, indent=2) + "\n")
