@@ -50,15 +50,11 @@ class RotationChoice:
         return math.isfinite(self.rotated) and self.rotated <= WORTH_IT * self.plain
 
     def __str__(self) -> str:
-        plain = f"{_share(self.plain)} without"
-        if not math.isfinite(self.rotated):
-            return f"not rotated: the first blocks cannot be, {plain}"
+        plain, rotated = (
+            f"{x:.3%}" if math.isfinite(x) else "all" for x in (self.plain, self.rotated)
+        )
         verdict = "rotated" if self.rotates else "not rotated"
-        return f"{verdict}: the first blocks {_share(self.rotated)} with it, {plain}"
-
-
-def _share(error: float) -> str:
-    return f"lose {error:.3%} of the stream" if math.isfinite(error) else "cannot be quantized"
+        return f"{verdict}: the first blocks lose {rotated} of the stream with it, {plain} without"
 
 
 def choose_rotation(

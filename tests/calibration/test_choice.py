@@ -269,4 +269,6 @@ def test_a_block_that_cannot_be_rotated_is_said_to_be(tiny_checkpoint, calibrati
     with pytest.raises(WorkFailed, match=r"layers\.1\.mlp\.up_proj.* cannot be rotated"):
         quantize(str(source), tmp_path / "out", recipe_of("rotated"), **options)
     report = quantize(str(source), tmp_path / "whole", recipe_of("undecided"), **options)
-    assert report.rotation.startswith("not rotated: the first blocks cannot be, ")
+    assert report.rotation.startswith(
+        "not rotated: the first blocks lose all of the stream with it, "
+    )

@@ -20,6 +20,7 @@ from quant.checkpoint.journal import Journal, Part
 from quant.checkpoint.reader import CheckpointReader
 from quant.checkpoint.shards import ShardWriter, header_bytes
 from quant.errors import RequestError, WorkFailed
+from quant.recipe import DEFAULT_PRESET, load_recipe
 from quant.report import Progress
 
 RECIPES = {
@@ -267,6 +268,8 @@ def test_no_more_activations_are_kept_than_two_blocks_need(
     monkeypatch.setattr(kind, "put", put)
     monkeypatch.setattr(kind, "forget", forget)
     options = {"source": deep_checkpoint, "activation_offload": place, "on_failure": policy}
+    # What is measured to decide about a rotation has stores of its own.
+    options["recipe"] = load_recipe(DEFAULT_PRESET).decided(False)
     bound = 3 if place == "disk" else 2
     begin(output=tmp_path / "whole", **options)
     assert max(most) == bound
@@ -344,7 +347,9 @@ def test_run_takes_the_disk_space_that_the_plan_says(
 
 
 def test_plan_lists_what_the_checkpoint_holds(quantized: Any, tmp_path: Path) -> None:
-    planned = plan(str(quantized.source), tmp_path / "out", **quantized.overrides)
+    rotated = any("rotate" in step for step in quantized.report.recipe["passes"])
+    recipe = load_recipe(DEFAULT_PRESET).decided(rotated)
+    planned = plan(str(quantized.source), tmp_path / "out", recipe, **quantized.overrides)
     stored = CheckpointReader(quantized.output)
     assert planned.tensors == {
         name: (stored.dtype(name), stored.shape(name)) for name in stored.names
