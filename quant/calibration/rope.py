@@ -32,7 +32,7 @@ Sampled tokens are turned each by a number of its own; only the first token has 
 
 A pair may also be turned by any angle before RoPE, q and k alike (`optimal_turn`): that commutes
 with RoPE and folds into q_proj and k_proj. Range and M are of the two channels then that are worth
-most apart. J falls by 14% on average over SmolLM2's heads, and by up to 32%.
+most apart. In 18 heads of six layers of SmolLM2, J falls by 14% on average, and by 3 to 32%.
 
 Perplexity over unquantized with KV4, SmolLM2-135M-Instruct, WikiText-2, 4 windows of 2,048 tokens:
 plain +12.3%, pair scale +10.7, FireQ's pair and top-8 channel scales at a root +7.2, channel scale
@@ -62,7 +62,7 @@ SAMPLED_POSITIONS = 4096
 CROWDING = 2
 QUERIES_AT_ONCE = 512
 STEPS, RATE = 60, 0.05
-# For the angles: of 1024, 2048 and 4096 samples and 60 or 100 steps none is better than another.
+# For the angles: 4096 samples and 100 steps are no better (perplexity 24.96 and 24.94).
 TURN_TOKENS, TURN_RATE = 1024, 0.1
 GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it, modulo 1, are spread evenly however many
 TINY = 1e-30
