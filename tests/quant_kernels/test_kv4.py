@@ -8,7 +8,7 @@ from torch import Tensor
 
 from quant_kernels import reference
 from quant_kernels.formats import FormatError
-from quant_kernels.kv4 import KVCodes, KVFormat, dequantize_kv, kv4_attention, quantize_kv
+from quant_kernels.kv4 import CODES, KVCodes, KVFormat, dequantize_kv, kv4_attention, quantize_kv
 
 FORMATS = [KVFormat(), KVFormat(symmetric=True)]
 U16 = 2.0**-11  # FP16's unit roundoff
@@ -37,8 +37,8 @@ def test_asymmetric_error_is_at_most_half_a_step():
     assert bool(((dequantize_kv(found) - x).abs() <= bound).all())
     wanted = (x.amax(-1, keepdim=True) - x.amin(-1, keepdim=True)) / 15.5
     assert bool(((step - wanted).abs() <= U16 * wanted + SUBNORMAL).all())
-    assert int(found.codes.min()) == 0
-    assert int(found.codes.max()) == 15
+    assert int(found.codes.min()) == -8
+    assert int(found.codes.max()) == 7
 
 
 def test_symmetric_error_is_half_a_step_and_the_largest_is_exact():
@@ -61,8 +61,7 @@ def test_symmetric_error_is_half_a_step_and_the_largest_is_exact():
 def test_codes_are_the_nearest_levels_of_what_is_stored(fmt):
     x = rows(2)
     found = quantize_kv(x, fmt)
-    low, high = fmt.code_range
-    levels = torch.arange(low, high + 1).float() * found.scale.float().unsqueeze(-1)
+    levels = torch.arange(CODES[0], CODES[1] + 1).float() * found.scale.float().unsqueeze(-1)
     levels = levels + found.offset.float().unsqueeze(-1)  # [rows, 1, 16]
     best = (levels - x.unsqueeze(-1)).abs().amin(-1)
     error = (dequantize_kv(found) - x).abs()
@@ -85,8 +84,8 @@ def test_rows_are_quantized_one_by_one(fmt):
 
 def test_an_exact_grid_comes_back_exactly():
     generator = torch.Generator().manual_seed(4)
-    q = torch.randint(0, 16, (50, 32), generator=generator).float()
-    q[:, 0], q[:, 1] = -0.25, 15.25  # the ends of a range of 15.5 steps
+    q = torch.randint(-8, 8, (50, 32), generator=generator).float()
+    q[:, 0], q[:, 1] = -8.25, 7.25  # the ends of a range of 15.5 steps
     scale = 2.0 ** torch.randint(-4, 5, (50, 1), generator=generator)
     offset = scale * torch.randint(-20, 5, (50, 1), generator=generator)
     x = q * scale + offset
