@@ -24,17 +24,11 @@ from quant.architectures import SITES, DecoderConfig
 from quant_kernels import reference
 from quant_kernels.kv4 import KVFormat, dequantize_kv, quantize_kv
 from quant_kernels.packing import PackedWeight
-from quant_kernels.reference import ExpandedWeight
+from quant_kernels.reference import ExpandedWeight, rms_norm
+from quant_kernels.reference_attention import apply_rope
 
 # q [B, S, Hq, D], k and v [B, S, Hk, D], all after RoPE -> [B, S, Hq, D]
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x [..., H] -> x / sqrt(mean(x^2) + eps) * weight, in x's dtype."""
-    y = x.float()
-    y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)
-    return (y * weight.float()).to(x.dtype)
 
 
 def rotary_table(cfg: DecoderConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,14 +37,6 @@ def rotary_table(cfg: DecoderConfig, positions: Tensor) -> tuple[Tensor, Tensor]
     angles = positions.float().unsqueeze(-1) * inv_freq
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos() * cfg.rope_factor, angles.sin() * cfg.rope_factor
-
-
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [B, S, heads, D]; cos, sin [B or 1, S, D] -> x rotated pair by pair, in x's dtype."""
-    y = x.float()
-    first, second = y.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return (y * cos.unsqueeze(-2) + turned * sin.unsqueeze(-2)).to(x.dtype)
 
 
 def causal_attention(window: int | None) -> Attention:

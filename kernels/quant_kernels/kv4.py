@@ -30,27 +30,17 @@ off. Relative RMS errors of 20,000 random rows, D = 64 / 128:
 A row of equal numbers has s = 0 and is exact to FP16; a row of zeros is exact. A row that holds NaN
 or Inf, or whose s or o FP16 does not reach, becomes NaN or Inf as a whole.
 
-Attention needs no x^. For a query Q [D] (FP8 E4M3 codes times one scale a per token and head),
-scores over keys t are
-
-    S_t = Q . k^_t = a (s_t (Qc . q_t) + o_t sum(Qc)),   Qc: the codes' values
-
-where the code product is exact in FP32 (and on FP8 tensor cores: E4M3 holds -8..7), s_t
-multiplies a column of the scores, and o_t meets the row sum of Q. With values v^_t = s_t q_t + o_t,
-
-    O = sum_t P_t v^_t = sum_t (P_t s_t) q_t + (sum_t P_t o_t) 1
+Attention needs no x^: `reference_attention.py`.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from quant_kernels.formats import FormatError
-from quant_kernels.reference import quantize_activation
 
 # Measured: the tables in the module docstring.
 STEPS = 15.5  # in the range of an asymmetric row
@@ -109,36 +99,3 @@ def quantize_kv(x: Tensor, fmt: KVFormat) -> KVCodes:
 def dequantize_kv(rows: KVCodes) -> Tensor:
     """What the codes stand for: x^ [..., D], FP32."""
     return rows.codes.float() * rows.scale.float() + rows.offset.float()
-
-
-def kv4_attention(
-    query: Tensor, keys: KVCodes, values: KVCodes, seen: Tensor | None = None
-) -> Tensor:
-    """softmax(Q k^T / sqrt(D)) v^ from the codes, without k^ and v^: the definition of the op.
-
-    query [B, S, Hq, D] after RoPE and its scale, any float dtype, quantized here to FP8 per token
-    and head; keys, values: codes [B, T, Hk, D]. seen: broadcastable to [B, Hq, S, T], True where a
-    query sees a key; None: all. Query head h reads KV head h // (Hq / Hk). Returns [B, S, Hq, D],
-    FP32; P stays in FP32 here.
-    """
-    ratio = query.shape[2] // keys.codes.shape[2]
-    codes, a = quantize_activation(query, "fp8")
-    q = codes.float().transpose(1, 2)  # [B, Hq, S, D]
-    k, k_scale, k_offset = _by_query_head(keys, ratio)
-    v, v_scale, v_offset = _by_query_head(values, ratio)
-    score = (q @ k.mT) * k_scale.mT + q.sum(-1, keepdim=True) * k_offset.mT  # [B, Hq, S, T]
-    score = score * (a.transpose(1, 2) / math.sqrt(query.shape[-1]))
-    if seen is not None:
-        score = score.masked_fill(~seen, -math.inf)
-    p = score.softmax(-1)
-    out = (p * v_scale.mT) @ v + p @ v_offset  # [B, Hq, S, D] + [B, Hq, S, 1]
-    return out.transpose(1, 2)
-
-
-def _by_query_head(rows: KVCodes, ratio: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, scale and offset [B, T, Hk, ...] -> FP32 [B, Hq, T, ...]."""
-    q, s, o = (
-        part.float().transpose(1, 2).repeat_interleave(ratio, dim=1)
-        for part in (rows.codes, rows.scale, rows.offset)
-    )
-    return q, s, o

@@ -2,6 +2,20 @@
 
 Checkpoint layout (compressed-tensors `pack-quantized`): codes [N, K] -> int32 words [N, K / 8]; the
 code of column k lies in bits 4 * (k % 8) of word k // 8, stored as q + 8.
+
+Split layout (Triton): bytes [K / S, N, S / 2], two's-complement nibbles. Byte j of row n in span b
+has the code of column b S + j in its low nibble and that of column b S + S / 2 + j in its high one:
+
+    span b:  | columns b S .. b S + S/2 - 1 | columns b S + S/2 .. (b+1) S - 1 |
+                     low nibbles                     high nibbles
+
+so that a tile of bytes becomes two tiles of codes without moving anything between lanes, either of
+them inside one group, and a tile of rows is contiguous in memory. S = min(2 g, 128), or 64 where K
+is no multiple of that. Group scales become t [G, N], row units c [N].
+
+KV cache layout: pages of KV_PAGE tokens, one KV head after the other. Bytes [2, pages, Hk, KV_PAGE,
+D / 2] (0: keys, 1: values): channel j in the low nibble of byte j and channel j + D/2, its partner
+under RoPE, in the high one, two's complement. Scale and offset [2, pages, Hk, KV_PAGE, 2], FP16.
 """
 
 from __future__ import annotations
@@ -12,9 +26,21 @@ import torch
 from torch import Tensor
 
 from quant_kernels import cpu
-from quant_kernels.formats import CODE_MAX, CODE_MIN, FormatError, WeightFormat
+from quant_kernels.formats import (
+    CODE_MAX,
+    CODE_MIN,
+    FormatError,
+    WeightFormat,
+    join_scales,
+    split_scales,
+)
+from quant_kernels.kv4 import KVCodes
 
 CODES_PER_WORD = 8
+SPANS = (128, 64)
+KV_PAGE = 64
+# Codes that change their layout together: temporaries stay some ten megabytes.
+CODES_AT_ONCE = 2**22
 
 
 @dataclass(frozen=True)
@@ -47,3 +73,83 @@ def unpack_int4(words: Tensor) -> Tensor:
     shifts = torch.arange(0, 32, 4, device=words.device, dtype=torch.int32)
     nibbles = (words.unsqueeze(-1) >> shifts) & 15
     return (nibbles + CODE_MIN).to(torch.int8).flatten(1)
+
+
+@dataclass(frozen=True)
+class SplitWeight:
+    """A quantized linear in the split layout (module docstring).
+
+    codes [K / S, N, S / 2] uint8; c [N] FP32; t [G, N]: FP16 for lut, uint8 for int8, FP32 for
+    exact; empty [0, N] with one scale a row.
+    """
+
+    codes: Tensor
+    t: Tensor
+    c: Tensor
+    fmt: WeightFormat
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[N, K] of the weight."""
+        spans, rows, half = self.codes.shape
+        return rows, spans * half * 2
+
+
+def span_of(columns: int, fmt: WeightFormat) -> int:
+    """S, the columns of a span; FormatError where the split layout has none for K = columns."""
+    largest = SPANS[0] if fmt.per_channel else min(2 * fmt.group_size, SPANS[0])
+    for span in SPANS:
+        if span <= largest and columns % span == 0:
+            return span
+    raise FormatError(
+        f"in_features {columns} is not a multiple of {SPANS[-1]}, which the split layout of "
+        f"{fmt.label} needs; the reference backend takes it"
+    )
+
+
+def split_weight(weight: PackedWeight) -> SplitWeight:
+    """Checkpoint layout -> split layout, some rows at a time."""
+    rows, columns = len(weight.words), weight.words.shape[1] * CODES_PER_WORD
+    fmt, device = weight.fmt, weight.words.device
+    span = span_of(columns, fmt)
+    codes = torch.empty(columns // span, rows, span // 2, dtype=torch.uint8, device=device)
+    step = max(1, CODES_AT_ONCE // columns)
+    for start in range(0, rows, step):
+        part = unpack_int4(weight.words[start : start + step]).view(torch.uint8)
+        low, high = part.view(len(part), -1, 2, span // 2).unbind(2)  # [rows, K / S, S / 2]
+        codes[:, start : start + step] = ((low & 15) | (high << 4)).transpose(0, 1)
+    t, c = split_scales(weight.scales, fmt)
+    if fmt.per_channel:
+        t = t[:, :0]
+    kinds = {"lut": torch.float16, "exact": torch.float32, "int8": torch.uint8}
+    return SplitWeight(codes, t.T.contiguous().to(kinds[fmt.numerics]), c.flatten(), fmt)
+
+
+def join_weight(weight: SplitWeight) -> PackedWeight:
+    """Split layout -> checkpoint layout. Inverse of `split_weight`, bit for bit."""
+    rows, columns = weight.shape
+    words = torch.empty(rows, columns // 8, dtype=torch.int32, device=weight.codes.device)
+    step = max(1, CODES_AT_ONCE // columns)
+    for start in range(0, rows, step):
+        part = weight.codes[:, start : start + step].transpose(0, 1)  # [rows, K / S, S / 2]
+        words[start : start + step] = pack_int4(_nibbles(part).reshape(len(part), columns))
+    t = weight.t.float().T if len(weight.t) else torch.ones_like(weight.c).unsqueeze(1)
+    return PackedWeight(words, join_scales(t, weight.c.unsqueeze(1)), weight.fmt)
+
+
+def pack_kv(rows: KVCodes) -> tuple[Tensor, Tensor]:
+    """Rows of the cache, D channels: bytes [..., D / 2] uint8; scale and offset [..., 2] FP16."""
+    low, high = rows.codes.view(torch.uint8).chunk(2, dim=-1)
+    return (low & 15) | (high << 4), torch.cat((rows.scale, rows.offset), dim=-1)
+
+
+def unpack_kv(packed: Tensor, scales: Tensor) -> KVCodes:
+    """bytes [..., D / 2], scale and offset [..., 2] -> rows of the cache. Inverse of `pack_kv`."""
+    scale, offset = scales.chunk(2, dim=-1)
+    return KVCodes(_nibbles(packed).flatten(-2), scale, offset)
+
+
+def _nibbles(packed: Tensor) -> Tensor:
+    """bytes [..., B] uint8 -> signed codes [..., 2, B] int8: low nibbles, then high ones."""
+    signed = packed.view(torch.int8)
+    return torch.stack(((signed << 4) >> 4, signed >> 4), dim=-2)

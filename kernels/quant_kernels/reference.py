@@ -3,7 +3,7 @@
 Notation: X [M, K] tokens, W^ [N, K] = P(q, t) * c (`formats.py`), Y = X W^T [M, N]. An activation
 is codes times one FP32 scale per token, so
 
-    Y[m, n] = a[m] * c[n] * sum_k xq[m, k] * P(q, t)[n, k]  (+ bias[n])
+    Y[m, n] = a[m] * c[n] * sum_k xq[m, k] * P(q, t)[n, k]  (+ bias[n])  (+ residual[m, n])
 
 with the sum in FP32 for FP8 codes and in INT32 for INT8 codes.
 """
@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from quant_kernels.formats import (
@@ -88,17 +89,31 @@ def dequantize_activation(codes: Tensor, scale: Tensor) -> Tensor:
     return values.mul_(scale)
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [..., H] -> x / sqrt(mean(x^2) + eps) * weight, in x's dtype."""
+    y = x.float()
+    y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)
+    return (y * weight.float()).to(x.dtype)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """gate_up [..., 2 F], the gate first -> silu(gate) * up [..., F], computed in FP32."""
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    return (F.silu(gate) * up).to(gate_up.dtype)
+
+
 def gemm_w4afp8(
     x_codes: Tensor,
     x_scale: Tensor,
     weight: PackedWeight | ExpandedWeight,
     bias: Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """INT4 x FP8 GEMM.
 
-    x_codes [M, K] float8_e4m3fn, x_scale [M, 1] FP32; weight [N, K], packed or expanded; bias [N]
-    -> [M, N] out_dtype. Accumulates in FP32.
+    x_codes [M, K] float8_e4m3fn, x_scale [M, 1] FP32; weight [N, K], packed or expanded; bias [N];
+    residual [M, N] -> [M, N] out_dtype. Accumulates in FP32.
     """
     _check("gemm_w4afp8", "w4afp8", torch.float8_e4m3fn, x_codes, x_scale, weight)
     weight = weight if isinstance(weight, ExpandedWeight) else expand(weight)
@@ -106,7 +121,7 @@ def gemm_w4afp8(
     exact_in_bf16 = weight.fmt.numerics == "lut" or weight.fmt.per_channel
     with bf16_products(exact_in_bf16):
         acc = e4m3_values(x_codes) @ weight.operand.T
-    return _epilogue(acc, x_scale, weight.c, bias, out_dtype)
+    return _epilogue(acc, x_scale, weight.c, bias, residual, out_dtype)
 
 
 def gemm_w4a8(
@@ -115,11 +130,14 @@ def gemm_w4a8(
     weight: PackedWeight | ExpandedWeight,
     bias: Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """INT4 x INT8 GEMM: as `gemm_w4afp8` with x_codes int8; INT32 accumulation over all of K."""
     _check("gemm_w4a8", "w4a8", torch.int8, x_codes, x_scale, weight)
     weight = weight if isinstance(weight, ExpandedWeight) else expand(weight)
-    return _epilogue(int8_matmul(x_codes, weight.operand), x_scale, weight.c, bias, out_dtype)
+    return _epilogue(
+        int8_matmul(x_codes, weight.operand), x_scale, weight.c, bias, residual, out_dtype
+    )
 
 
 def gemm(
@@ -128,10 +146,11 @@ def gemm(
     weight: PackedWeight | ExpandedWeight,
     bias: Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """The GEMM of the weight's scheme; arguments as `gemm_w4afp8`."""
     op = gemm_w4afp8 if weight.fmt.scheme == "w4afp8" else gemm_w4a8
-    return op(x_codes, x_scale, weight, bias, out_dtype)
+    return op(x_codes, x_scale, weight, bias, out_dtype, residual)
 
 
 def int8_matmul(x: Tensor, w: Tensor) -> Tensor:
@@ -176,11 +195,18 @@ def bf16_products(enabled: bool = True) -> Iterator[None]:
 
 
 def _epilogue(
-    acc: Tensor, x_scale: Tensor, c: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+    acc: Tensor,
+    x_scale: Tensor,
+    c: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out_dtype: torch.dtype,
 ) -> Tensor:
     y = acc.mul_(x_scale).mul_(c.T)
     if bias is not None:
         y.add_(bias.float())
+    if residual is not None:
+        y.add_(residual.float())
     return y.to(out_dtype)
 
 

@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from quant_kernels import reference
 from quant_kernels.formats import FormatError
-from quant_kernels.kv4 import CODES, KVCodes, KVFormat, dequantize_kv, kv4_attention, quantize_kv
+from quant_kernels.kv4 import CODES, KVFormat, dequantize_kv, quantize_kv
 
 FORMATS = [KVFormat(), KVFormat(symmetric=True)]
 U16 = 2.0**-11  # FP16's unit roundoff
@@ -143,50 +142,3 @@ def test_other_widths_are_refused():
 def test_bits_per_element_count_scale_and_offset():
     assert KVFormat().bits_per_element(64) == 4.5
     assert KVFormat(symmetric=True).bits_per_element(64) == 4.25
-
-
-@pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.label)
-@pytest.mark.parametrize("ratio", [1, 3, 8])
-def test_attention_from_codes_is_attention_over_dequantized_rows(fmt, ratio):
-    heads, length, dim = 2, 21, 32
-    generator = torch.Generator().manual_seed(ratio)
-    query = torch.randn(2, length, heads * ratio, dim, generator=generator) * 2
-    keys, values = (
-        quantize_kv(rows(seed, 2 * length * heads, dim).view(2, length, heads, dim), fmt)
-        for seed in (8, 9)
-    )
-    seen = torch.ones(length, length, dtype=torch.bool).tril()
-    found = kv4_attention(query, keys, values, seen)
-    q = reference.dequantize_activation(*reference.quantize_activation(query, "fp8"))
-    expected = attention_in_fp64(q, dequantize_kv(keys), dequantize_kv(values), seen)
-    size = dequantize_kv(values).abs().max()
-    assert float((found - expected).abs().max()) < 1e-5 * size
-    # What would pass unseen if the bound were loose: an offset or a scale dropped, or misplaced.
-    for other_keys, other_values in misread(keys, values, fmt):
-        moved = kv4_attention(query, other_keys, other_values, seen) - expected
-        assert float(moved.abs().max()) > 1e-3 * size
-
-
-def attention_in_fp64(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
-    """One query head after the other, so that the map to KV heads is spelled out."""
-    ratio = q.shape[2] // k.shape[2]
-    q, k, v = q.double(), k.double(), v.double()
-    out = torch.empty_like(q)
-    for h in range(q.shape[2]):
-        score = q[:, :, h] @ k[:, :, h // ratio].mT / math.sqrt(q.shape[-1])
-        out[:, :, h] = score.masked_fill(~seen, -math.inf).softmax(-1) @ v[:, :, h // ratio]
-    return out
-
-
-def misread(keys: KVCodes, values: KVCodes, fmt: KVFormat) -> list[tuple[KVCodes, KVCodes]]:
-    def without_scale(x: KVCodes) -> KVCodes:
-        return KVCodes(x.codes, torch.ones_like(x.scale), x.offset)
-
-    def without_offset(x: KVCodes) -> KVCodes:
-        return KVCodes(x.codes, x.scale, torch.zeros_like(x.offset))
-
-    def swapped(x: KVCodes) -> KVCodes:
-        return KVCodes(x.codes, x.offset, x.scale)
-
-    changes = [without_scale, swapped] + ([] if fmt.symmetric else [without_offset])
-    return [pair for f in changes for pair in ((f(keys), values), (keys, f(values)))]

@@ -1,0 +1,138 @@
+"""Which backend runs an op: a table, printable, and overridable. Nothing falls back in silence.
+
+The first rule that fits (op, device, capability) names the backend. It is overridden, in this
+order, by the op's argument `backend` and by $FOURBYEIGHT_BACKEND: one backend for all ops, or
+`op=backend` pairs:
+
+    FOURBYEIGHT_BACKEND=reference
+    FOURBYEIGHT_BACKEND=decode_attention=reference,gemm_w4a8=triton
+
+A backend that was asked for and cannot run here is an error that says why.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from dataclasses import dataclass
+
+import torch
+
+OPS = (
+    "quantize_activation",
+    "rms_norm_quantize",
+    "silu_mul_quantize",
+    "gemm_w4afp8",
+    "gemm_w4a8",
+    "rope_append",
+    "prefill_attention",
+    "decode_attention",
+)
+BACKENDS = ("triton", "reference")
+VARIABLE = "FOURBYEIGHT_BACKEND"
+FP8_CAPABILITY = (8, 9)  # the first with FP8 tensor cores
+TRITON_CAPABILITY = (8, 0)
+
+
+class BackendUnavailable(RuntimeError):
+    """The backend that a call names, or that the table gives, cannot run it here."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """ops run by backend on a device ("cuda", "cpu") of at least this capability."""
+
+    ops: tuple[str, ...]
+    device: str
+    capability: tuple[int, int] | None
+    backend: str
+    why: str
+
+
+_FP8 = tuple(op for op in OPS if op != "gemm_w4a8")
+RULES = (
+    Rule(OPS, "cuda", FP8_CAPABILITY, "triton", "FP8 and INT8 tensor cores"),
+    Rule(("gemm_w4a8",), "cuda", TRITON_CAPABILITY, "triton", "INT8 tensor cores"),
+    Rule(_FP8, "cuda", TRITON_CAPABILITY, "triton", "FP8 codes as FP16, which holds them exactly"),
+    Rule(OPS, "cpu", None, "reference", "plain torch"),
+)
+
+
+def choose(op: str, device: torch.device, asked: str = "") -> str:
+    """The backend that runs `op` on tensors of `device`; asked: the call's own wish, or "".
+
+    Raises BackendUnavailable where that backend cannot, and ValueError for an unknown name.
+    """
+    backend = asked or _overrides(os.environ.get(VARIABLE, "")).get(op) or by_table(op, device)
+    if backend not in BACKENDS:
+        raise ValueError(f"{op}: backend {backend!r} is unknown; known: {', '.join(BACKENDS)}")
+    reason = _why_not(backend, device.type, capability(device))
+    if reason is not None:
+        raise BackendUnavailable(f"{op} on {device}: backend {backend!r} cannot run: {reason}")
+    return backend
+
+
+def by_table(op: str, device: torch.device) -> str:
+    """The backend of the first rule that fits; BackendUnavailable where none does."""
+    found = capability(device)
+    for rule in RULES:
+        if op in rule.ops and rule.device == device.type and (rule.capability or (0, 0)) <= found:
+            return rule.backend
+    raise BackendUnavailable(
+        f"{op}: no backend runs on {device} (sm_{found[0]}{found[1]}); Triton's kernels need sm_80 "
+        f"or newer. Pass backend='reference' (slow) or move the model to the CPU"
+    )
+
+
+def table() -> list[tuple[str, str, str, str]]:
+    """All rules as (op, device, backend, why), one row an op, for people."""
+    rows = []
+    for op in OPS:
+        for rule in RULES:
+            if op in rule.ops:
+                least = rule.capability
+                device = rule.device if least is None else f"sm_{least[0]}{least[1]} and newer"
+                rows.append((op, device, rule.backend, rule.why))
+    return rows
+
+
+@functools.cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """(major, minor) of a GPU; (0, 0) for anything else."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+def interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter, on the CPU (TRITON_INTERPRET=1)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def why_no_triton(device: str = "cuda", found: tuple[int, int] = FP8_CAPABILITY) -> str | None:
+    """Why Triton's kernels cannot run on a device of this type; None where they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; pip install 'fourbyeight[gpu]'"
+    if device == "cpu" and not interpreted():
+        return "Triton needs a GPU (or TRITON_INTERPRET=1, its interpreter, to look at numbers)"
+    if device == "cuda" and found < TRITON_CAPABILITY:
+        return f"this GPU is sm_{found[0]}{found[1]}, and the kernels need sm_80 or newer"
+    return None
+
+
+def _why_not(backend: str, device: str, found: tuple[int, int]) -> str | None:
+    return why_no_triton(device, found) if backend == "triton" else None
+
+
+@functools.cache
+def _overrides(text: str) -> dict[str, str]:
+    """$FOURBYEIGHT_BACKEND as {op: backend}; ValueError names what is wrong in it."""
+    found: dict[str, str] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        op, given, backend = part.rpartition("=")
+        if (given and op not in OPS) or backend not in BACKENDS:
+            raise ValueError(
+                f"${VARIABLE}={text!r}: {part!r} is neither a backend ({', '.join(BACKENDS)}) nor "
+                f"op=backend with one of {', '.join(OPS)}"
+            )
+        found.update({op: backend} if given else dict.fromkeys(OPS, backend))
+    return found

@@ -1,0 +1,1 @@
+"""Triton kernels of every op, for sm_80 and newer."""
