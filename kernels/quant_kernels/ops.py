@@ -15,6 +15,7 @@ call: at some 200 ops a token that is felt.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
@@ -373,9 +374,7 @@ def _decode_attention(
 
 def _backend(op: str, device: torch.device, asked: str) -> ModuleType:
     if dispatch.choose(op, device, asked) == "triton":
-        from quant_kernels.triton import backend as triton_backend
-
-        return triton_backend
+        return importlib.import_module("quant_kernels.triton.backend")
     return backend_reference
 
 
