@@ -9,9 +9,18 @@ from typing import Any
 
 from quant import __version__
 from quant.schemes import SCHEMES
-from quant_kernels import cpu, cuda
+from quant_kernels import cpu, cuda, dispatch
 
-PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "numpy", "gguf", "datasets")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "safetensors",
+    "tokenizers",
+    "numpy",
+    "gguf",
+    "datasets",
+    "triton",
+)
 
 
 @dataclass(frozen=True)
@@ -24,10 +33,25 @@ class Check:
 
 
 @dataclass(frozen=True)
+class Kernel:
+    """A row of the dispatch table: the backend of an op on a kind of device.
+
+    missing: why it cannot run here; None where it can. how: what the backend does there.
+    """
+
+    op: str
+    device: str
+    backend: str
+    missing: str | None
+    how: str
+
+
+@dataclass(frozen=True)
 class Diagnosis:
     versions: dict[str, str]
     libraries: tuple[Check, ...]
     schemes: tuple[Check, ...]
+    ops: tuple[Kernel, ...]
 
 
 def diagnose() -> Diagnosis:
@@ -47,16 +71,20 @@ def diagnose() -> Diagnosis:
         _cuda_library(),
         _torch_gpu(),
     )
+    missing = "this version has no kernels for this backend"
+    unused = "its kernels are there (ops), but generation does not run on them yet"
+    backends = {"reference": None, "cpu": missing, "triton": unused, "cutlass": missing}
     schemes = tuple(
-        Check(
-            f"{scheme} on {backend}",
-            backend == "reference",
-            meaning if backend == "reference" else "this version has no kernels for this backend",
-        )
+        Check(f"{scheme} on {backend}", reason is None, reason or meaning)
         for scheme, meaning in SCHEMES.items()
-        for backend in ("reference", "cpu", "triton", "cutlass")
+        for backend, reason in backends.items()
     )
-    return Diagnosis(versions, libraries, schemes)
+    here = dispatch.why_no_triton() or _why_no_gpu()
+    ops = tuple(
+        Kernel(op, device, backend, here if backend == "triton" else None, why)
+        for op, device, backend, why in dispatch.table()
+    )
+    return Diagnosis(versions, libraries, schemes, ops)
 
 
 def _library(name: str, module: Any, role: str) -> Check:
@@ -75,8 +103,15 @@ def _cuda_library() -> Check:
 def _torch_gpu() -> Check:
     import torch
 
+    reason = _why_no_gpu()
+    return Check("torch CUDA", reason is None, reason or torch.cuda.get_device_name())
+
+
+def _why_no_gpu() -> str | None:
+    """Why torch cannot compute on a GPU here; None where it can."""
+    import torch
+
     if torch.cuda.is_available():
-        return Check("torch CUDA", True, torch.cuda.get_device_name())
-    built = torch.version.cuda
-    reason = "sees no GPU" if built else "is a CPU build"
-    return Check("torch CUDA", False, f"torch {torch.__version__} {reason}")
+        return None
+    reason = "sees no GPU" if torch.version.cuda else "is a CPU build"
+    return f"torch {torch.__version__} {reason}"

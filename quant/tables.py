@@ -212,6 +212,13 @@ def diagnosis_tables(found: Diagnosis) -> Iterator[Table]:
             works = Text("yes", "green") if check.ok else Text("no", "yellow")
             table.add_row(check.name, works, Text(check.detail))
         yield table
+    table = Table(title="kernels", title_justify="left")
+    for column in ("op", "device", "backend", "works here", "how"):
+        table.add_column(column)
+    for row in found.ops:
+        works = Text("no", "yellow") if row.missing else Text("yes", "green")
+        table.add_row(row.op, row.device, row.backend, works, Text(row.missing or row.how))
+    yield table
 
 
 def demo_tables(result: DemoResult) -> Iterator[Table | Text]:

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from quant import cli
+from quant_kernels import dispatch
 
 ROOT = Path(__file__).parents[1]
 SCREEN = 24  # lines
@@ -264,6 +265,10 @@ def test_doctor_says_what_runs_and_why_not_the_rest(run: Run, tmp_path: Path) ->
     assert works["w4afp8 on reference"] is True
     assert all(check["detail"] for check in found["libraries"] + found["schemes"])
     assert found["versions"]["torch"] == torch.__version__
+    rows = {(row["op"], row["backend"]): row for row in found["ops"]}
+    assert {op for op, _ in rows} == set(dispatch.OPS)
+    assert rows["gemm_w4a8", "reference"]["missing"] is None
+    assert bool(rows["gemm_w4a8", "triton"]["missing"]) != torch.cuda.is_available()
 
 
 def test_python_m_quant_is_the_command(tmp_path: Path) -> None:

@@ -137,6 +137,8 @@ def attention(
     gives zeros.
     """
     length, total = len(q_codes), len(keys.codes)
+    if total == 0:
+        return torch.zeros(q_codes.shape, device=q_codes.device)
     ratio = q_codes.shape[1] // keys.codes.shape[1]
     q = q_codes.float().transpose(0, 1)  # [Hq, S, D]
     k, k_scale, k_offset = _by_query_head(keys, ratio)
