@@ -212,12 +212,13 @@ def diagnosis_tables(found: Diagnosis) -> Iterator[Table]:
             works = Text("yes", "green") if check.ok else Text("no", "yellow")
             table.add_row(check.name, works, Text(check.detail))
         yield table
-    table = Table(title="kernels", title_justify="left")
+    reasons = sorted({f"{row.backend}: {row.missing}" for row in found.ops if row.missing})
+    table = Table(title="kernels", title_justify="left", caption="\n".join(reasons) or None)
     for column in ("op", "device", "backend", "works here", "how"):
         table.add_column(column)
     for row in found.ops:
         works = Text("no", "yellow") if row.missing else Text("yes", "green")
-        table.add_row(row.op, row.device, row.backend, works, Text(row.missing or row.how))
+        table.add_row(row.op, row.device, row.backend, works, Text(row.how))
     yield table
 
 

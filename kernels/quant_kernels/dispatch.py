@@ -50,11 +50,16 @@ class Rule:
     why: str
 
 
-_FP8 = tuple(op for op in OPS if op != "gemm_w4a8")
+_INT8_MMA = ("gemm_w4a8",)
+_FP8_MMA = ("gemm_w4afp8", "prefill_attention")
+_FP16_MMA = ("decode_attention",)
+_NO_MMA = ("quantize_activation", "rms_norm_quantize", "silu_mul_quantize", "rope_append")
 RULES = (
-    Rule(OPS, "cuda", FP8_CAPABILITY, "triton", "FP8 and INT8 tensor cores"),
-    Rule(("gemm_w4a8",), "cuda", TRITON_CAPABILITY, "triton", "INT8 tensor cores"),
-    Rule(_FP8, "cuda", TRITON_CAPABILITY, "triton", "FP8 codes as FP16, which holds them exactly"),
+    Rule(_NO_MMA, "cuda", TRITON_CAPABILITY, "triton", "one pass"),
+    Rule(_INT8_MMA, "cuda", TRITON_CAPABILITY, "triton", "INT8 tensor cores"),
+    Rule(_FP8_MMA, "cuda", FP8_CAPABILITY, "triton", "FP8 tensor cores"),
+    Rule(_FP8_MMA, "cuda", TRITON_CAPABILITY, "triton", "FP16 tensor cores: FP8 codes are exact"),
+    Rule(_FP16_MMA, "cuda", TRITON_CAPABILITY, "triton", "FP16 tensor cores: codes are exact"),
     Rule(OPS, "cpu", None, "reference", "plain torch"),
 )
 

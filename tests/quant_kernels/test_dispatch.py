@@ -46,6 +46,7 @@ def test_the_table_says_where_fp8_is_emulated():
     rows = dispatch.table()
     assert {op for op, *_ in rows} == set(dispatch.OPS)
     on_ampere = {op: why for op, device, _, why in rows if device == "sm_80 and newer"}
+    assert set(on_ampere) == set(dispatch.OPS)
     assert "FP16" in on_ampere["gemm_w4afp8"]
     assert "INT8" in on_ampere["gemm_w4a8"]
 
