@@ -193,6 +193,8 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="0 keeps all tokens.")] = 0,
     top_p: Annotated[float, typer.Option(help="1 keeps all tokens.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="0 keeps all tokens.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Of the sampling, per prompt.")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Prompt and output, tokens.")] = None,
     dtype: Dtype = "auto",
@@ -209,7 +211,13 @@ def generate(
     if not prompt:
         raise RequestError("no prompt: give --prompt TEXT, once or more")
     params = SamplingParams(
-        temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, max_tokens=max_tokens
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        max_tokens=max_tokens,
     )
     with err.status("loading"):
         llm = LLM(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from quant.errors import RequestError
 from quant.runtime.detokenizer import TextStream
 from quant.runtime.kv_cache import KVCache
 from quant.runtime.model import load_decoder
-from quant.runtime.sampling import SamplingParams
+from quant.runtime.sampling import Logprob, SamplingParams
 from quant.runtime.scheduler import Request, Scheduler
 
 DEFAULT_MODEL_LEN = 4096  # a cache for every position of a 128k model would not fit most machines
@@ -30,13 +31,23 @@ class CompletionOutput:
     """One completion. token_ids has the token that ended it; text has not, nor a stop string.
 
     finish_reason: "stop" (an end-of-sequence or stop token, a stop string) or "length"; None while
-    it is not finished.
+    it is not finished. logprobs: for each token, token id -> its log-probability and rank; None
+    where SamplingParams.logprobs is.
     """
 
     index: int
     text: str
     token_ids: list[int]
     finish_reason: str | None
+    logprobs: list[dict[int, Logprob]] | None = None
+
+    @property
+    def cumulative_logprob(self) -> float | None:
+        """The log-probability of all tokens together, given the prompt; None without logprobs."""
+        if self.logprobs is None:
+            return None
+        steps = zip(self.token_ids, self.logprobs, strict=True)
+        return math.fsum(found[token].logprob for token, found in steps)
 
 
 @dataclass(frozen=True)
@@ -246,7 +257,8 @@ def _add_text(scheduler: Scheduler, request: Request, text: TextStream) -> None:
 
 
 def _output(request: Request, text: str) -> RequestOutput:
-    completion = CompletionOutput(0, text, list(request.token_ids), request.finish_reason)
+    logprobs = None if request.params.logprobs is None else list(request.logprobs)
+    completion = CompletionOutput(0, text, list(request.token_ids), request.finish_reason, logprobs)
     return RequestOutput(request.prompt, request.prompt_token_ids, [completion])
 
 

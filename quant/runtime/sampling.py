@@ -1,5 +1,8 @@
-"""From logits l [V] to a token, in vLLM's terms and order: temperature, min-p, top-k, top-p, draw.
+"""From logits l [V] to a token, in vLLM's terms and order: penalty, temperature, limits, draw.
 
+    repetition penalty r, for every token i of the prompt and the output so far (CTRL, Keskar et al.
+    2019, section 4.1, with the usual change that a negative logit is multiplied):
+            l_i := l_i / r where l_i > 0,  l_i r elsewhere
     w_i = exp((l_i - max l) / temperature)             so that the likeliest token has w = 1
     min-p:  keep i with w_i >= min_p
     top-k:  of those, keep the k of largest w
@@ -8,7 +11,8 @@
 
 Of equal w the lower token id counts as the larger. Computed in FP64 with one u per token, from a
 generator on the CPU that belongs to the request: a sequence's tokens depend on its own logits and
-seed, not on the device or on what else is in the batch.
+seed, not on the device or on what else is in the batch. Log-probabilities are those of the model,
+log softmax(l) before anything above.
 """
 
 from __future__ import annotations
@@ -29,7 +33,9 @@ class SamplingParams:
     """How one request's tokens are chosen and when they end; names and defaults as in vLLM.
 
     temperature: 0 is greedy. top_k: 0 or -1 is off. seed: None draws a fresh one. max_tokens: of
-    output. stop: strings that end the text and are cut off it. stop_token_ids: tokens that end it,
+    output. repetition_penalty: 1 is off, more makes repeating less likely. logprobs: of how many of
+    the likeliest tokens the log-probability is reported, beside the chosen one's; None: of none.
+    stop: strings that end the text and are cut off it. stop_token_ids: tokens that end it,
     as the model's end-of-sequence tokens do unless ignore_eos.
 
     Raises RequestError naming the field, its value and what is allowed.
@@ -41,6 +47,8 @@ class SamplingParams:
     min_p: float = 0.0
     seed: int | None = None
     max_tokens: int = 16
+    repetition_penalty: float = 1.0
+    logprobs: int | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool = False
@@ -54,6 +62,10 @@ class SamplingParams:
         seed_fits = self.seed is None or (_is_int(self.seed, 0) and self.seed < 2**63)
         _check("seed", self.seed, seed_fits, "None, or a whole number >= 0 and < 2^63")
         _check("max_tokens", self.max_tokens, _is_int(self.max_tokens, 1), "a whole number >= 1")
+        penalty = _in_range(self.repetition_penalty, 0, math.inf) and self.repetition_penalty > 0
+        _check("repetition_penalty", self.repetition_penalty, penalty, "> 0; 1: off")
+        reported = self.logprobs is None or _is_int(self.logprobs, 0)
+        _check("logprobs", self.logprobs, reported, "None, or a whole number >= 0")
         strings = [self.stop] if isinstance(self.stop, str) else self.stop
         _check("stop", self.stop, _all(strings, _is_text), "None, a string or strings, not empty")
         ids = self.stop_token_ids
@@ -72,6 +84,39 @@ class SamplingParams:
         else:
             generator.manual_seed(self.seed)
         return generator
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """A token's log-probability, and its rank among all: 1 is the likeliest."""
+
+    logprob: float
+    rank: int
+
+
+def penalized(
+    logits: Tensor, params: Sequence[SamplingParams], token_ids: Sequence[Sequence[int]]
+) -> Tensor:
+    """logits [B, V] with the repetition penalties; token_ids: a row's prompt and output."""
+    rows = [row for row, one in enumerate(params) if one.repetition_penalty != 1]
+    if not rows:
+        return logits
+    logits = logits.clone()
+    for row in rows:
+        seen = torch.tensor(sorted(set(token_ids[row])), device=logits.device)
+        old, penalty = logits[row, seen], params[row].repetition_penalty
+        logits[row, seen] = torch.where(old > 0, old / penalty, old * penalty)
+    return logits
+
+
+def token_logprobs(logits: Tensor, token: int, count: int) -> dict[int, Logprob]:
+    """logits [V] -> the chosen token's log-probability, and those of the `count` likeliest."""
+    logprobs = logits.double().log_softmax(-1)
+    ids = logprobs.sort(descending=True, stable=True).indices
+    top = ids[:count].tolist()
+    ranks = {int(i): rank for rank, i in enumerate(top, 1)}
+    ranks.setdefault(token, int((ids == token).nonzero()) + 1)
+    return {i: Logprob(float(logprobs[i]), rank) for i, rank in ranks.items()}
 
 
 def sample(

@@ -16,7 +16,7 @@ from torch import Tensor
 from quant.errors import RequestError
 from quant.runtime.kv_cache import KVCache
 from quant.runtime.model import AttentionOf, Decoder
-from quant.runtime.sampling import SamplingParams, sample
+from quant.runtime.sampling import Logprob, SamplingParams, penalized, sample, token_logprobs
 
 
 @dataclass(eq=False)
@@ -28,6 +28,7 @@ class Request:
     params: SamplingParams
     generator: torch.Generator
     token_ids: list[int] = field(default_factory=list)
+    logprobs: list[dict[int, Logprob]] = field(default_factory=list)  # a token each, where asked
     finish_reason: str | None = None  # "stop" or "length" once finished
     slot: int | None = None  # while running
 
@@ -106,9 +107,15 @@ class Scheduler:
         tokens = torch.tensor(token_ids, device=self.model.device)
         hidden = self.model.hidden_states(tokens, positions, attention_of)
         logits = self.model.logits(hidden[:, -1])
-        chosen = sample(logits, [r.params for r in requests], [r.generator for r in requests])
-        for request, token in zip(requests, chosen.tolist(), strict=True):
+        params = [request.params for request in requests]
+        seen = [request.prompt_token_ids + request.token_ids for request in requests]
+        changed = penalized(logits, params, seen)
+        chosen = sample(changed, params, [request.generator for request in requests]).tolist()
+        for row, (request, token) in enumerate(zip(requests, chosen, strict=True)):
             request.token_ids.append(token)
+            if request.params.logprobs is not None:
+                found = token_logprobs(logits[row], token, request.params.logprobs)
+                request.logprobs.append(found)
             if reason := self._ending(request, token):
                 self.finish(request, reason)
         return requests

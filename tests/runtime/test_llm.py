@@ -1,5 +1,6 @@
 """Generation: the tokens are transformers', whatever runs beside them; the text is the tokens'."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,39 @@ def test_seeds_reproduce(load_llm: LoadLLM) -> None:
     unseeded = SamplingParams(max_tokens=20, ignore_eos=True)
     first, second = token_ids(llm.generate(prompts, unseeded))
     assert first != second
+
+
+def test_logprobs_are_those_of_the_whole_text_at_once(load_llm: LoadLLM) -> None:
+    llm = load_llm()
+    params = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True, logprobs=3)
+    prompts = random_prompts(7)
+    for output in llm.generate(prompts, params):
+        completion, prompt = output.outputs[0], output.prompt_token_ids
+        tokens = torch.tensor([prompt + completion.token_ids])
+        hidden = llm.model.hidden_states(tokens, torch.arange(tokens.shape[1]).unsqueeze(0))
+        wanted = llm.model.logits(hidden)[0, len(prompt) - 1 : -1].double().log_softmax(-1)
+        assert completion.logprobs is not None
+        for row, token, found in zip(
+            wanted, completion.token_ids, completion.logprobs, strict=True
+        ):
+            assert found[token].rank == 1  # greedy
+            assert len(found) == 3
+            assert all(abs(row[i] - one.logprob) < 1e-3 for i, one in found.items())
+        total = wanted.gather(1, tokens[0, len(prompt) :, None]).sum()
+        assert completion.cumulative_logprob == pytest.approx(float(total), abs=1e-2)
+    assert llm.generate(prompts[:1], GREEDY)[0].outputs[0].logprobs is None
+
+
+def test_a_penalty_stops_a_sequence_that_repeats(load_llm: LoadLLM) -> None:
+    llm = load_llm()
+    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    plain = llm.generate(random_prompts(8)[:1], params)[0].outputs[0].token_ids
+    assert len(set(plain)) < len(plain)
+    penalty = dataclasses.replace(params, repetition_penalty=1e6)
+    found = llm.generate(random_prompts(8)[:1], penalty)[0]
+    everything = found.prompt_token_ids + found.outputs[0].token_ids
+    assert len(set(found.outputs[0].token_ids)) == 40
+    assert not set(found.prompt_token_ids) & set(everything[len(found.prompt_token_ids) :])
 
 
 def test_text_and_its_tokens_are_the_same_prompt(load_llm: LoadLLM) -> None:

@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quant.errors import RequestError, WorkFailed
-from quant.runtime.sampling import SamplingParams, draw, sample, token_weights
+from quant.runtime.sampling import (
+    SamplingParams,
+    draw,
+    penalized,
+    sample,
+    token_logprobs,
+    token_weights,
+)
 
 VOCABULARY = 23
 
@@ -203,6 +210,29 @@ def test_broken_logits_are_reported(bad: float, temperature: float) -> None:
         sample(logits, [params] * 2, [params.generator(), params.generator()])
 
 
+def test_repetition_is_penalized_in_the_rows_that_ask_for_it() -> None:
+    logits = torch.tensor([[2.0, -2.0, 0.0, 3.0]]).repeat(2, 1)
+    params = [SamplingParams(repetition_penalty=2.0), SamplingParams()]
+    found = penalized(logits, params, [[0, 1, 1], [0, 1]])
+    assert found.tolist() == [[1.0, -4.0, 0.0, 3.0], [2.0, -2.0, 0.0, 3.0]]
+    assert logits[0].tolist() == [2.0, -2.0, 0.0, 3.0]
+    rewarded = penalized(logits, [SamplingParams(repetition_penalty=0.5)] * 2, [[0, 1], [3]])
+    assert rewarded.tolist() == [[4.0, -1.0, 0.0, 3.0], [2.0, -2.0, 0.0, 6.0]]
+
+
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_logprobs_are_the_models_with_their_ranks(count: int) -> None:
+    logits = random_logits(12)[0]
+    total = math.log(math.fsum(math.exp(x) for x in logits.tolist()))
+    order = sorted(range(VOCABULARY), key=lambda i: -float(logits[i]))
+    for token in (order[0], order[3], order[-1]):
+        found = token_logprobs(logits, token, count)
+        assert set(found) == {token, *order[:count]}
+        for i, one in found.items():
+            assert one.logprob == pytest.approx(float(logits[i]) - total, abs=1e-6)
+            assert one.rank == order.index(i) + 1
+
+
 @pytest.mark.parametrize(
     ("field", "value", "allowed"),
     [
@@ -221,6 +251,10 @@ def test_broken_logits_are_reported(bad: float, temperature: float) -> None:
         ("seed", True, ">= 0"),
         ("max_tokens", 0, ">= 1"),
         ("max_tokens", None, ">= 1"),
+        ("repetition_penalty", 0, "> 0"),
+        ("repetition_penalty", math.inf, "> 0"),
+        ("logprobs", -1, ">= 0"),
+        ("logprobs", 1.0, ">= 0"),
         ("stop", "", "not empty"),
         ("stop", ["a", ""], "not empty"),
         ("stop", ["a", 3], "not empty"),
