@@ -11,7 +11,7 @@ CXX_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -
 # Build tools that the machine lacks come from PyPI into the environment.
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help demo test test-slow check format native clean
+.PHONY: help demo test test-slow check format kernels native clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -37,6 +37,9 @@ format: $(VENV)/.installed-dev ## rewrite the sources as `make check` wants them
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+kernels: $(VENV)/.installed-dev ## compile the GPU kernels, without a GPU: registers, spills, tensor cores
+	$(BIN)/python -m quant_kernels.triton.offline
 
 native: $(VENV)/.build-tools ## the shared libraries, into build/dev
 	cmake -S csrc -B build/dev -G Ninja -DQUANT_CUDA=$(QUANT_CUDA)

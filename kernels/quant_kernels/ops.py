@@ -339,7 +339,7 @@ def _prefill_attention(
     backend: str,
 ) -> None:
     op, batch = "prefill_attention", len(kv_lens)
-    _check_attention(op, q_codes, q_scale, kv_codes, kv_scales, block_table, kv_lens, out)
+    _check_attention(op, q_codes, q_scale, kv_codes, kv_scales, block_table, kv_lens, out, sm_scale)
     _expect(op, "cu_seqlens", cu_seqlens, (batch + 1,), (torch.int32,))
     if not 0 <= max_query_len <= len(q_codes):
         raise OpError(f"{op}: max_query_len is {max_query_len} with {len(q_codes)} query tokens")
@@ -363,7 +363,7 @@ def _decode_attention(
     backend: str,
 ) -> None:
     op = "decode_attention"
-    _check_attention(op, q_codes, q_scale, kv_codes, kv_scales, block_table, kv_lens, out)
+    _check_attention(op, q_codes, q_scale, kv_codes, kv_scales, block_table, kv_lens, out, sm_scale)
     if len(q_codes) != len(kv_lens):
         raise OpError(f"{op}: {len(q_codes)} query tokens for {len(kv_lens)} sequences; one each")
     _backend(op, q_codes.device, backend).decode_attention(
@@ -435,7 +435,10 @@ def _check_attention(
     block_table: Tensor,
     kv_lens: Tensor,
     out: Tensor,
+    sm_scale: float,
 ) -> None:
+    if not sm_scale > 0:
+        raise OpError(f"{op}: sm_scale must be positive, got {sm_scale}")
     _check_cache(op, q_codes, q_scale, kv_codes, kv_scales)
     batch = len(kv_lens)
     _expect(op, "kv_lens", kv_lens, (batch,), (torch.int32,))
