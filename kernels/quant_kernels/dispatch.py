@@ -72,7 +72,7 @@ def choose(op: str, device: torch.device, asked: str = "") -> str:
     backend = asked or _overrides(os.environ.get(VARIABLE, "")).get(op) or by_table(op, device)
     if backend not in BACKENDS:
         raise ValueError(f"{op}: backend {backend!r} is unknown; known: {', '.join(BACKENDS)}")
-    reason = _why_not(backend, device.type, capability(device))
+    reason = _why_not(backend, device)
     if reason is not None:
         raise BackendUnavailable(f"{op} on {device}: backend {backend!r} cannot run: {reason}")
     return backend
@@ -124,8 +124,15 @@ def why_no_triton(device: str = "cuda", found: tuple[int, int] = FP8_CAPABILITY)
     return None
 
 
-def _why_not(backend: str, device: str, found: tuple[int, int]) -> str | None:
-    return why_no_triton(device, found) if backend == "triton" else None
+def _why_not(backend: str, device: torch.device) -> str | None:
+    if backend != "triton":
+        return None
+    if device.type == "cuda" and device.index not in (None, torch.cuda.current_device()):
+        return (
+            f"kernels start on the current device, cuda:{torch.cuda.current_device()}; call it "
+            f"under torch.cuda.device({str(device)!r})"
+        )
+    return why_no_triton(device.type, capability(device))
 
 
 @functools.cache

@@ -22,6 +22,7 @@ def gpu(monkeypatch):
 
     def pretend(major: int, minor: int) -> None:
         monkeypatch.setattr(dispatch, "capability", lambda device: (major, minor))
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
 
     return pretend
 
@@ -87,6 +88,12 @@ def test_a_backend_that_cannot_run_is_not_replaced_in_silence(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(BackendUnavailable, match=r"pip install 'fourbyeight\[gpu\]'"):
         dispatch.choose("rope_append", CPU)
+
+
+def test_tensors_of_another_gpu_than_the_current_one_are_refused(gpu):
+    gpu(9, 0)
+    with pytest.raises(BackendUnavailable, match=r"current device, cuda:0.*device\('cuda:1'\)"):
+        dispatch.choose("gemm_w4a8", torch.device("cuda", 1))
 
 
 def test_the_interpreter_counts_as_triton_on_a_cpu(monkeypatch):
