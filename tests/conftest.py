@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+# Triton decides when it is imported whether its kernels are interpreted, as they are in the tests.
+os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 import torch

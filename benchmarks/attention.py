@@ -1,0 +1,277 @@
+"""Attention over the INT4 cache: microseconds, rates, share of the roofline, and BF16 beside.
+
+    python benchmarks/attention.py --json attention.json --markdown attention.md
+
+Prefill: one causal prompt of S tokens, its keys and values in the cache already. Decode: B
+sequences of one length, one new token each. The baseline is torch's scaled_dot_product_attention
+over BF16 keys and values that lie contiguous, which ours do not: the fastest of its cuDNN, flash
+and memory-efficient kernels, with grouped heads or with keys and values repeated beforehand, and in
+decode also with the query heads of a KV head as rows of one call, which reads the cache once.
+
+Caches are random bytes with random scales. Pages lie in random order. Small ones rotate through
+several, larger than the L2 cache together (`timing.py`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # also with nothing installed
+
+from benchmarks.gemm import add_rates, number  # noqa: E402
+from benchmarks.roofline import decode_work, measure_peaks, plot, prefill_work  # noqa: E402
+from benchmarks.shapes import CONTEXTS, MODELS, ModelShape  # noqa: E402
+from benchmarks.timing import (  # noqa: E402
+    Call,
+    best_of,
+    copies,
+    first_line,
+    gpu_state,
+    l2_bytes,
+    measure,
+)
+from quant_kernels import ops  # noqa: E402
+from quant_kernels.packing import KV_PAGE  # noqa: E402
+
+BATCHES = (1, 8, 32, 64)
+QUICK_CONTEXTS = (2048, 16384)
+QUICK_BATCHES = (1, 32)
+BACKENDS = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+# Of the free memory that a shape may take; what needs more is left out and said so.
+MEMORY_SHARE = 0.8
+HEADER = """\
+| attention | batch | context | us | spread | TFLOP/s | GB/s | roofline \
+| bf16 us | bf16 by | x bf16 |
+|---|---|---|---|---|---|---|---|---|---|---|
+"""
+
+
+class Cache:
+    """Random INT4 caches of `batch` sequences: one pool of pages, a block table for each."""
+
+    def __init__(self, model: ModelShape, batch: int, length: int, device: torch.device) -> None:
+        pages = math.ceil(length / KV_PAGE)
+        size = batch * pages * KV_PAGE * model.kv_heads * (model.head_dim + 8)
+        number = copies(size, l2_bytes(device))
+        total = number * batch * pages
+        form = (2, total, model.kv_heads, KV_PAGE)
+        self.codes = torch.empty(*form, model.head_dim // 2, dtype=torch.uint8, device=device)
+        self.codes.random_(0, 256)
+        self.scales = torch.empty(*form, 2, dtype=torch.float16, device=device)
+        self.scales[..., 0].uniform_(0.02, 0.2)
+        self.scales[..., 1].normal_(0, 0.3)
+        order = torch.randperm(total, device=device).to(torch.int32)
+        # Tensors of their own: aligned as a step's block table is.
+        self.tables = [table.clone() for table in order.view(number, batch, pages)]
+        self.lengths = torch.full((batch,), length, dtype=torch.int32, device=device)
+
+
+def queries(tokens: int, model: ModelShape, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes and scales of random queries, and where their attention goes."""
+    shape = (tokens, model.heads, model.head_dim)
+    codes = (torch.randn(shape, device=device, dtype=torch.bfloat16) * 100).to(torch.float8_e4m3fn)
+    scale = torch.rand(tokens, model.heads, device=device) * 0.005 + 0.001
+    return codes, scale, torch.empty(shape, dtype=torch.bfloat16, device=device)
+
+
+def prefill_calls(model: ModelShape, length: int, device: torch.device) -> list[Call]:
+    """Our prefill of a prompt, a call for every copy of its cache."""
+    cache = Cache(model, 1, length, device)
+    codes, scale, out = queries(length, model, device)
+    bounds = torch.tensor([0, length], dtype=torch.int32, device=device)
+    return [
+        functools.partial(
+            ops.prefill_attention, codes, scale, cache.codes, cache.scales, table, bounds,
+            cache.lengths, length, out, sm_scale=model.head_dim**-0.5, backend="triton",
+        )
+        for table in cache.tables
+    ]  # fmt: skip
+
+
+def decode_calls(model: ModelShape, batch: int, length: int, device: torch.device) -> list[Call]:
+    """Our decode step, a call for every copy of the caches."""
+    cache = Cache(model, batch, length, device)
+    codes, scale, out = queries(batch, model, device)
+    heads = (batch, model.heads, model.kv_heads, model.head_dim)
+    size = ops.workspace_bytes(device, attention=heads, backend="triton")
+    workspace = torch.empty(size, dtype=torch.uint8, device=device)
+    return [
+        functools.partial(
+            ops.decode_attention, codes, scale, cache.codes, cache.scales, table, cache.lengths,
+            out, sm_scale=model.head_dim**-0.5, workspace=workspace, backend="triton",
+        )
+        for table in cache.tables
+    ]  # fmt: skip
+
+
+def baselines(
+    model: ModelShape, batch: int, queries: int, length: int, device: torch.device
+) -> dict[str, list[Call]]:
+    """Ways for torch to attend from the last `queries` tokens, all of a prompt or one, in BF16."""
+    size = 4 * batch * length * model.kv_heads * model.head_dim
+    number, ratio = copies(size, l2_bytes(device)), model.heads // model.kv_heads
+
+    def tensor(heads: int, tokens: int) -> Tensor:
+        shape = (batch, heads, tokens, model.head_dim)
+        return torch.randn(shape, dtype=torch.bfloat16, device=device)
+
+    q = tensor(model.heads, queries)
+    pairs = [
+        (tensor(model.kv_heads, length), tensor(model.kv_heads, length)) for _ in range(number)
+    ]
+    causal = queries > 1
+    ways: dict[str, list[Call]] = {}
+    for name, backend in BACKENDS.items():
+        ways[f"{name}, grouped"] = [
+            _sdpa(backend, (q, *pair), causal, grouped=ratio > 1) for pair in pairs
+        ]
+        if not causal and ratio > 1:
+            rows = q.view(batch, model.kv_heads, ratio, model.head_dim)
+            ways[f"{name}, query heads as rows"] = [_sdpa(backend, (rows, *pair)) for pair in pairs]
+    if causal and ratio > 1:
+        repeated = [[x.repeat_interleave(ratio, dim=1) for x in pair] for pair in pairs[:2]]
+        for name, backend in BACKENDS.items():
+            ways[f"{name}, repeated"] = [_sdpa(backend, (q, *pair), causal) for pair in repeated]
+    return ways
+
+
+def measure_prefill(model: ModelShape, length: int, device: torch.device) -> list[dict[str, Any]]:
+    """One row; "error" or "skipped" where there is no time."""
+    ratio = model.heads // model.kv_heads
+    needed = 2 * length * model.head_dim * (3 * model.heads + 2 * model.kv_heads * (1 + ratio))
+    row = {"op": "prefill", "model": model.name, "batch": 1, "context": length}
+    work = prefill_work(length, model.heads, model.kv_heads, model.head_dim)
+    return _row(
+        row | asdict(work),
+        needed,
+        device,
+        lambda: prefill_calls(model, length, device),
+        lambda: baselines(model, 1, length, length, device),
+    )
+
+
+def measure_decode(
+    model: ModelShape, batch: int, length: int, device: torch.device
+) -> list[dict[str, Any]]:
+    """One row; "error" or "skipped" where there is no time."""
+    needed = 4 * batch * length * model.kv_heads * model.head_dim * 2
+    row = {"op": "decode", "model": model.name, "batch": batch, "context": length}
+    work = decode_work(batch, length, model.heads, model.kv_heads, model.head_dim)
+    return _row(
+        row | asdict(work),
+        needed,
+        device,
+        lambda: decode_calls(model, batch, length, device),
+        lambda: baselines(model, batch, 1, length, device),
+    )
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as a table; a ratio above 1 is in our favour."""
+    lines = HEADER.splitlines()
+    for row in rows:
+        head = [f"{row['model']} {row['op']}", str(row["batch"]), str(row["context"])]
+        if "us" not in row:
+            reason = row.get("error") or row.get("skipped")
+            lines.append("| " + " | ".join([*head, str(reason)]) + " |" * 8)
+            continue
+        share = row.get("roofline")
+        cells = [
+            f"{row['us']:.1f}", f"{row['spread']:.0%}",
+            f"{row.get('tflops', 0):.0f}", f"{row.get('gbps', 0):.0f}",
+            "" if share is None else f"{share:.0%}",
+            number(row["bf16_us"], 1), row["bf16_by"] or "", number(row["x_bf16"], 2),
+        ]  # fmt: skip
+        lines.append("| " + " | ".join([*head, *cells]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _sdpa(
+    backend: SDPBackend, qkv: Sequence[Tensor], causal: bool = False, grouped: bool = False
+) -> Call:
+    def call() -> object:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(*qkv, is_causal=causal, enable_gqa=grouped)
+
+    return call
+
+
+def _row(
+    row: dict[str, Any],
+    needed: int,
+    device: torch.device,
+    ours: Callable[[], list[Call]],
+    theirs: Callable[[], dict[str, list[Call]]],
+) -> list[dict[str, Any]]:
+    """Time both, one after the other, so that only one side's buffers are held."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        free = torch.cuda.mem_get_info(device)[0]
+        if needed > MEMORY_SHARE * free:
+            return [row | {"skipped": f"needs {needed / 1e9:.0f} GB of {free / 1e9:.0f} GB free"}]
+    row |= {"bf16_us": None, "bf16_by": None, "x_bf16": None}
+    try:
+        name, timing = best_of(theirs(), device)
+        row |= {"bf16_us": timing.us, "bf16_by": name, "bf16_spread": timing.spread}
+    except RuntimeError as error:
+        row["bf16_error"] = str(error)
+    try:
+        mine = measure(ours(), device)
+    except Exception as error:
+        return [row | {"error": first_line(error)}]
+    row |= {"us": mine.us, "spread": mine.spread, "how": mine.how}
+    if row["bf16_us"]:
+        row["x_bf16"] = row["bf16_us"] / mine.us
+    return [row]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--models", nargs="+", choices=[model.name for model in MODELS])
+    parser.add_argument("--quick", action="store_true", help="the first model, few shapes")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--markdown", type=Path)
+    parser.add_argument("--plot", type=Path, help="the roofline, as PNG")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    chosen = [model for model in MODELS if not args.models or model.name in args.models]
+    peaks = measure_peaks(device)
+    rows: list[dict[str, Any]] = []
+    for model in chosen[:1] if args.quick else chosen:
+        for context in QUICK_CONTEXTS if args.quick else CONTEXTS:
+            found = measure_prefill(model, context, device)
+            for batch in QUICK_BATCHES if args.quick else BATCHES:
+                found += measure_decode(model, batch, context, device)
+            add_rates(found, peaks)
+            print("".join(markdown(found).splitlines(keepends=True)[2:]), end="", flush=True)
+            rows += found
+    if args.markdown:
+        args.markdown.write_text(markdown(rows))
+    if args.plot:
+        plot([row for row in rows if "us" in row], peaks, args.plot)
+    if args.json:
+        figures = {"gpu": gpu_state(device), "peaks": asdict(peaks), "attention": rows}
+        args.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,306 @@
+"""The GEMMs of whole models: microseconds, rates, share of the roofline, and bf16 and FP8 beside.
+
+    python benchmarks/gemm.py --json gemm.json --markdown gemm.md --plot gemm.png
+
+For every linear [N, K] of `shapes.MODELS` and every M of `shapes.TOKENS`: both schemes, and in the
+same run BF16 (torch.mm, which is cuBLAS) and FP8 (torch._scaled_mm, scales per row and per token).
+All of them rotate through copies of their weights larger than the L2 cache (`timing.py`). Weights
+are random bytes, legal codes all of them, with legal random scales; activations are random too,
+since zeros cost less power and run faster. Activation quantization is timed on its own, from a
+tensor that may lie in the cache, as behind the op that wrote it; "with quantize" counts it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # also with nothing installed
+
+from benchmarks.roofline import Peaks, Work, gemm_work, measure_peaks, plot, rates  # noqa: E402
+from benchmarks.shapes import MODELS, TOKENS, ModelShape  # noqa: E402
+from benchmarks.timing import Timing, copies, first_line, gpu_state, l2_bytes, measure  # noqa: E402
+from quant_kernels import ops, reference  # noqa: E402
+from quant_kernels.formats import (  # noqa: E402
+    INT8_ANCHOR,
+    LUT_ANCHOR,
+    LUT_SCALE_MIN,
+    WeightFormat,
+    round_row_unit,
+)
+from quant_kernels.packing import SplitWeight, span_of  # noqa: E402
+
+FORMATS = (WeightFormat("w4afp8", 128, "lut"), WeightFormat("w4a8", 128, "int8"))
+QUICK_TOKENS = (1, 16, 64, 512, 4096)
+HEADER = """\
+| linear | N x K | M | format | us | spread | TFLOP/s | GB/s | roofline | bf16 us | x bf16 \
+| fp8 us | x fp8 | quantize us | x bf16 with quantize |
+|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|
+"""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A linear [N, K], and the models' names for it."""
+
+    n: int
+    k: int
+    names: tuple[str, ...]
+
+
+def shapes(models: Sequence[ModelShape]) -> list[Shape]:
+    """The distinct linears of these models, in their order."""
+    names: dict[tuple[int, int], list[str]] = {}
+    for model in models:
+        for linear, shape in model.linears.items():
+            names.setdefault(shape, []).append(f"{model.name} {linear}")
+    return [Shape(n, k, tuple(found)) for (n, k), found in names.items()]
+
+
+def random_weight(
+    n: int, k: int, fmt: WeightFormat, device: torch.device, seed: int = 0
+) -> SplitWeight:
+    """A legal weight in the split layout, made where it is used: codes are uniform."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def integers(low: int, high: int, *size: int) -> Tensor:
+        return torch.randint(low, high, size, generator=generator, device=device)
+
+    span = span_of(k, fmt)
+    codes = torch.empty(k // span, n, span // 2, dtype=torch.uint8, device=device)
+    codes.random_(0, 256, generator=generator)
+    units = torch.rand(n, generator=generator, device=device) * 0.02 + 0.003
+    groups = fmt.groups(k)
+    if fmt.per_channel:
+        kind = {"lut": torch.float16, "exact": torch.float32, "int8": torch.uint8}[fmt.numerics]
+        t = torch.empty(0, n, dtype=kind, device=device)
+        return SplitWeight(codes, t, units.bfloat16().float(), fmt)
+    if fmt.numerics == "exact":
+        scales = torch.rand(groups, n, generator=generator, device=device) * 0.02 + 0.003
+        return SplitWeight(codes, scales.bfloat16().float(), torch.ones_like(units), fmt)
+    if fmt.numerics == "lut":
+        values = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).half()
+        legal = values[(values >= LUT_SCALE_MIN) & (values <= LUT_ANCHOR)].to(device)
+        t, anchor = legal[integers(0, len(legal), groups, n)], LUT_ANCHOR
+    else:
+        t, anchor = integers(1, int(INT8_ANCHOR) + 1, groups, n).to(torch.uint8), INT8_ANCHOR
+    # A group of every row has the largest scale: the file's scales are read by it.
+    t.scatter_(0, integers(0, groups, 1, n), int(anchor))
+    return SplitWeight(codes, t, round_row_unit(units.cpu()).to(device), fmt)
+
+
+@dataclass(frozen=True)
+class Held:
+    """Copies of one linear's weights: per format, in BF16, and in FP8 with scales [1, N]."""
+
+    split: dict[WeightFormat, list[SplitWeight]]
+    bf16: list[Tensor]
+    fp8: list[tuple[Tensor, Tensor]]
+
+
+# Shapes follow one another with growing M: only the last linear's weights are kept.
+@functools.lru_cache(maxsize=1)
+def weights(n: int, k: int, formats: tuple[WeightFormat, ...], device: torch.device) -> Held:
+    """As many copies of each as evict one another from the L2."""
+    l2 = l2_bytes(device)
+    split = {
+        fmt: [random_weight(n, k, fmt, device, seed) for seed in range(copies(n * k // 2, l2))]
+        for fmt in formats
+    }
+    bf16 = [
+        torch.randn(n, k, dtype=torch.bfloat16, device=device) * 0.02
+        for _ in range(copies(2 * n * k, l2))
+    ]
+    fp8 = []
+    for _ in range(copies(n * k, l2)):
+        codes = torch.randn(n, k, dtype=torch.bfloat16, device=device) * 64
+        scale = torch.rand(1, n, device=device) * 0.01 + 0.001
+        fp8.append((codes.to(torch.float8_e4m3fn), scale))
+    return Held(split, bf16, fp8)
+
+
+def measure_gemm(
+    shape: Shape, m: int, device: torch.device, formats: tuple[WeightFormat, ...] = FORMATS
+) -> list[dict[str, Any]]:
+    """A row a format: what was timed, or under "error" why it could not be."""
+    n, k = shape.n, shape.k
+    held = weights(n, k, formats, device)
+    x = torch.randn(m, k, dtype=torch.bfloat16, device=device)
+    out = torch.empty(m, n, dtype=torch.bfloat16, device=device)
+    codes = {kind: reference.quantize_activation(x, kind) for kind in ("fp8", "int8")}
+    notes: dict[str, str] = {}
+
+    def attempt(name: str, run: Callable[[], Timing]) -> Timing | None:
+        try:
+            return run()
+        except Exception as error:
+            notes[name] = first_line(error)
+            return None
+
+    bf16 = attempt("bf16", lambda: measure(_bf16_calls(x, held.bf16, out), device))
+    fp8 = attempt("fp8", lambda: measure(_fp8_calls(*codes["fp8"], held.fp8), device))
+    size = ops.workspace_bytes(device, gemms=[(n, k)], max_tokens=m, backend="triton")
+    workspace = torch.empty(size, dtype=torch.uint8, device=device)
+    rows = []
+    for fmt in formats:
+        calls = _our_calls(*codes[fmt.activation], held.split[fmt], out, workspace)
+        label = fmt.label
+        ours = attempt(label, lambda calls=calls: measure(calls, device))
+        quantize = attempt(
+            "quantize", lambda fmt=fmt: quantize_timing(m, k, fmt.activation, device)
+        )
+        work = gemm_work(m, n, k, fmt)
+        row = {"names": shape.names, "n": n, "k": k, "m": m, "format": label, **asdict(work)}
+        for name, timing in (("bf16", bf16), ("fp8", fp8), ("quantize", quantize)):
+            row[f"{name}_us"] = timing.us if timing else None
+            row[f"{name}_spread"] = timing.spread if timing else None
+        row |= {"how": ours.how if ours else None, "notes": dict(notes)}
+        if ours is None:
+            row["error"] = notes[label]
+        else:
+            row |= {"us": ours.us, "spread": ours.spread, **_ratios(ours, bf16, fp8, quantize)}
+        rows.append(row)
+    return rows
+
+
+def compile_once(
+    shape: Shape, m: int, device: torch.device, formats: tuple[WeightFormat, ...] = FORMATS
+) -> None:
+    """Run the kernels that `measure_gemm` will time: Triton keeps what it compiled on disk."""
+    out = torch.empty(m, shape.n, dtype=torch.bfloat16, device=device)
+    x = torch.randn(m, shape.k, dtype=torch.bfloat16, device=device)
+    size = ops.workspace_bytes(device, gemms=[(shape.n, shape.k)], max_tokens=m, backend="triton")
+    workspace = torch.empty(size, dtype=torch.uint8, device=device)
+    for fmt in formats:
+        dtype = torch.float8_e4m3fn if fmt.activation == "fp8" else torch.int8
+        codes, scale = torch.empty_like(x, dtype=dtype), torch.empty(m, 1, device=device)
+        ops.quantize_activation(x, codes, scale, backend="triton")
+        weight = random_weight(shape.n, shape.k, fmt, device)
+        _our_calls(codes, scale, [weight], out, workspace)[0]()
+
+
+@functools.lru_cache(maxsize=256)
+def quantize_timing(m: int, k: int, kind: str, device: torch.device) -> Timing:
+    """BF16 [M, K] to codes and token scales, by the op."""
+    x = torch.randn(m, k, dtype=torch.bfloat16, device=device)
+    dtype = torch.float8_e4m3fn if kind == "fp8" else torch.int8
+    codes = torch.empty(m, k, dtype=dtype, device=device)
+    scale = torch.empty(m, 1, device=device)
+    call = functools.partial(ops.quantize_activation, x, codes, scale, backend="triton")
+    return measure([call], device, seconds=0.02)
+
+
+def add_rates(rows: Sequence[dict[str, Any]], peaks: Peaks) -> None:
+    """TFLOP/s, GB/s and the share of the roofline into rows that have a time."""
+    for row in rows:
+        if "us" in row:
+            work = Work(row["operations"], row["bytes"], row["type"])
+            row |= rates(work, row["us"], peaks)
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as a table; ratios above 1 are in our favour."""
+    lines = HEADER.splitlines()
+    for row in rows:
+        head = [row["names"][0], f"{row['n']} x {row['k']}", str(row["m"]), row["format"]]
+        if "error" in row:
+            lines.append("| " + " | ".join([*head, row["error"]]) + " |" * 11)
+            continue
+        share = row.get("roofline")
+        cells = [
+            f"{row['us']:.1f}", f"{row['spread']:.0%}",
+            f"{row.get('tflops', 0):.0f}", f"{row.get('gbps', 0):.0f}",
+            "" if share is None else f"{share:.0%}",
+            number(row["bf16_us"], 1), number(row["x_bf16"], 2), number(row["fp8_us"], 1),
+            number(row["x_fp8"], 2), number(row["quantize_us"], 1),
+            number(row["x_bf16_with_quantize"], 2),
+        ]  # fmt: skip
+        lines.append("| " + " | ".join([*head, *cells]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def number(value: float | None, digits: int) -> str:
+    """For a table; empty where there is none."""
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _ratios(
+    ours: Timing, bf16: Timing | None, fp8: Timing | None, quantize: Timing | None
+) -> dict[str, float | None]:
+    whole = ours.us + quantize.us if quantize else None
+    return {
+        "x_bf16": bf16.us / ours.us if bf16 else None,
+        "x_fp8": fp8.us / ours.us if fp8 else None,
+        "x_bf16_with_quantize": bf16.us / whole if bf16 and whole else None,
+    }
+
+
+def _our_calls(
+    codes: Tensor, scale: Tensor, held: Sequence[SplitWeight], out: Tensor, workspace: Tensor
+) -> list[Callable[[], object]]:
+    return [
+        functools.partial(
+            ops.gemm, codes, scale, weight, out, workspace=workspace, backend="triton"
+        )
+        for weight in held
+    ]
+
+
+def _bf16_calls(x: Tensor, held: Sequence[Tensor], out: Tensor) -> list[Callable[[], object]]:
+    return [functools.partial(torch.mm, x, weight.T, out=out) for weight in held]
+
+
+def _fp8_calls(
+    codes: Tensor, scale: Tensor, held: Sequence[tuple[Tensor, Tensor]]
+) -> list[Callable[[], object]]:
+    return [
+        functools.partial(
+            torch._scaled_mm, codes, weight.T, scale_a=scale, scale_b=unit,
+            out_dtype=torch.bfloat16, use_fast_accum=True,
+        )
+        for weight, unit in held
+    ]  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--models", nargs="+", choices=[model.name for model in MODELS])
+    parser.add_argument("--tokens", nargs="+", type=int)
+    parser.add_argument("--quick", action="store_true", help="the first model, few M")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--markdown", type=Path)
+    parser.add_argument("--plot", type=Path, help="the roofline, as PNG")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    chosen = [model for model in MODELS if not args.models or model.name in args.models]
+    tokens = args.tokens or (QUICK_TOKENS if args.quick else TOKENS)
+    peaks = measure_peaks(device)
+    rows: list[dict[str, Any]] = []
+    for shape in shapes(chosen[:1] if args.quick else chosen):
+        for m in tokens:
+            found = measure_gemm(shape, m, device)
+            add_rates(found, peaks)
+            print("".join(markdown(found).splitlines(keepends=True)[2:]), end="", flush=True)
+            rows += found
+    if args.markdown:
+        args.markdown.write_text(markdown(rows))
+    if args.plot:
+        plot([row for row in rows if "us" in row], peaks, args.plot)
+    if args.json:
+        figures = {"gpu": gpu_state(device), "peaks": asdict(peaks), "gemm": rows}
+        args.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
