@@ -24,7 +24,14 @@ from torch import Tensor
 
 from quant_kernels import backend_reference, dispatch
 from quant_kernels.formats import WeightFormat
-from quant_kernels.packing import KV_PAGE, PackedWeight, SplitWeight, split_weight
+from quant_kernels.packing import (
+    KV_PAGE,
+    SCALE_DTYPES,
+    PackedWeight,
+    SplitWeight,
+    span_of,
+    split_weight,
+)
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 CODES = (torch.float8_e4m3fn, torch.int8)
@@ -263,6 +270,7 @@ def _gemm(scheme: str) -> Callable[..., None]:
         m = x_codes.shape[0]
         _expect(op, "x_codes", x_codes, (m, columns), (kind,))
         _expect(op, "x_scale", x_scale, (m, 1), (torch.float32,))
+        _check_weight(op, weight, rows, columns)
         if silu_mul and (rows % 2 or residual is not None):
             raise OpError(f"{op}: silu_mul takes a weight of 2 F rows, not {rows}, and no residual")
         _expect(op, "out", out, (m, rows // 2 if silu_mul else rows), FLOATS)
@@ -389,6 +397,31 @@ def _expect(
             f"{op}: {name} must be {kinds} {list(shape)} with its last dimension contiguous, got "
             f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)} with strides {x.stride()}"
         )
+
+
+def _check_weight(op: str, weight: Weight, rows: int, columns: int) -> None:
+    """A weight's tensors belong together and are contiguous."""
+    fmt = weight.fmt
+    fmt.check(rows, columns, f"{op}: weight")
+    groups = fmt.groups(columns)
+    parts: dict[str, tuple[Tensor, tuple[int, ...], tuple[torch.dtype, ...]]]
+    if isinstance(weight, SplitWeight):
+        half = span_of(columns, fmt) // 2
+        shape = (0 if fmt.per_channel else groups, rows)
+        parts = {
+            "codes": (weight.codes, (columns // (2 * half), rows, half), (torch.uint8,)),
+            "t": (weight.t, shape, (SCALE_DTYPES[fmt.numerics],)),
+            "c": (weight.c, (rows,), (torch.float32,)),
+        }
+    else:
+        parts = {
+            "codes": (weight.words, (rows, columns // 8), (torch.int32,)),
+            "t": (weight.scales, (rows, groups), FLOATS),
+        }
+    for name, (part, wanted, dtypes) in parts.items():
+        _expect(op, name, part, wanted, dtypes)
+        if not part.is_contiguous():
+            raise OpError(f"{op}: {name} {list(part.shape)} must be contiguous")
 
 
 def _check_activation(

@@ -39,6 +39,7 @@ from quant_kernels.kv4 import KVCodes
 CODES_PER_WORD = 8
 SPANS = (128, 64)
 KV_PAGE = 64
+SCALE_DTYPES = {"lut": torch.float16, "exact": torch.float32, "int8": torch.uint8}  # of t
 # Codes that change their layout together: temporaries stay some ten megabytes.
 CODES_AT_ONCE = 2**22
 
@@ -121,8 +122,8 @@ def split_weight(weight: PackedWeight) -> SplitWeight:
     t, c = split_scales(weight.scales, fmt)
     if fmt.per_channel:
         t = t[:, :0]
-    kinds = {"lut": torch.float16, "exact": torch.float32, "int8": torch.uint8}
-    return SplitWeight(codes, t.T.contiguous().to(kinds[fmt.numerics]), c.flatten(), fmt)
+    t = t.T.contiguous().to(SCALE_DTYPES[fmt.numerics])
+    return SplitWeight(codes, t, c.flatten(), fmt)
 
 
 def join_weight(weight: SplitWeight) -> PackedWeight:

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 from quant_kernels import ops, reference, reference_attention
-from quant_kernels.formats import WeightFormat, every_format
+from quant_kernels.formats import FormatError, WeightFormat, every_format
 from quant_kernels.kv4 import KVFormat
 from quant_kernels.ops import OpError
 from quant_kernels.packing import KV_PAGE, PackedWeight, pack_int4, split_weight
@@ -177,6 +177,30 @@ def test_a_weight_in_another_backends_layout_is_refused():
     codes, scale = reference.quantize_activation(tokens(3, 128), "int8")
     with pytest.raises(OpError, match=r"\[20, 128\] is not in the checkpoint layout.*ops.prepare"):
         ops.gemm(codes, scale, split_weight(packed(20, 128, fmt)), torch.empty(3, 20))
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_a_weight_whose_parts_do_not_fit_is_refused(split):
+    fmt = WeightFormat("w4afp8", 64, "lut")
+    codes, scale = reference.quantize_activation(tokens(3, 128), "fp8")
+    weight = packed(20, 128, fmt)
+    if split:
+        made = split_weight(weight)
+        parts = {"codes": made.codes, "t": made.t, "c": made.c}
+    else:
+        parts = {"codes": weight.words, "t": weight.scales, "c": torch.empty(0)}
+    out = torch.empty(3, 20)
+    for name in ("codes", "t", "c") if split else ("codes", "t"):
+        for wrong in (
+            parts[name][..., :-1],
+            parts[name].double(),
+            parts[name].mT if name != "c" else parts[name][::2],
+        ):
+            changed = {**parts, name: wrong}
+            with pytest.raises((OpError, FormatError), match="^gemm_w4afp8: "):
+                torch.ops.fourbyeight.gemm_w4afp8(
+                    codes, scale, *changed.values(), 64, "lut", out, None, None, False, None, ""
+                )
 
 
 def test_the_cache_and_the_queries_must_belong_together():
