@@ -197,7 +197,7 @@ def test_a_weight_whose_parts_do_not_fit_is_refused(split):
             parts[name].mT if name != "c" else parts[name][::2],
         ):
             changed = {**parts, name: wrong}
-            with pytest.raises((OpError, FormatError), match="^gemm_w4afp8: "):
+            with pytest.raises((OpError, FormatError), match=r"^gemm_w4afp8: "):
                 torch.ops.fourbyeight.gemm_w4afp8(
                     codes, scale, *changed.values(), 64, "lut", out, None, None, False, None, ""
                 )
