@@ -50,7 +50,7 @@ FORMATS = {
     "exact": WeightFormat("w4afp8", 128, "exact"),
 }
 TOKENS_OF_LAST = 4096
-# Two timings of one kernel may differ by as much.
+# Less is no reason to leave the rule.
 NOISE = 0.02
 COMPILE_SHARE = 0.5
 LAST_SECONDS = 10.0

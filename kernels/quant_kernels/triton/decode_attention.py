@@ -31,6 +31,7 @@ from torch import Tensor
 from quant_kernels import dispatch
 from quant_kernels.packing import KV_PAGE
 from quant_kernels.reference_attention import LOG2_E
+from quant_kernels.registration import OpError
 from quant_kernels.triton.numbers import e4m3_to_fp16, round_to
 from quant_kernels.triton.prefill_attention import (
     LOWEST,
@@ -318,8 +319,6 @@ def decode_attention(
 
 def _check(q_codes: Tensor, kv_heads: int, workspace: Tensor | None) -> None:
     """Raise ops.OpError where the batch is too large, or the workspace missing or too small."""
-    from quant_kernels.ops import OpError  # ops imports the backends
-
     shape = (len(q_codes), q_codes.shape[1], kv_heads, q_codes.shape[2])
     if len(q_codes) > MAX_BATCH:
         raise OpError(f"decode_attention: {len(q_codes)} sequences; a call takes {MAX_BATCH}")

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from quant_kernels import dispatch
 from quant_kernels.formats import WeightFormat
+from quant_kernels.registration import OpError
 
 KINDS = ("int8", "int8-channel", "lut", "fp8-channel", "exact")
 BUCKETS = (16, 32, 64, 128, 256)
@@ -167,8 +168,6 @@ def check_workspace(config: Config, tokens: int, n: int, k: int, workspace: Tens
     needed = needed_bytes(config, tokens, n)
     found = 0 if workspace is None else workspace.numel() * workspace.element_size()
     if found < needed:
-        from quant_kernels.ops import OpError  # ops imports the backends
-
         raise OpError(
             f"gemm of {tokens} tokens with a weight [{n}, {k}] splits K in {config.split_k} parts "
             f"and needs a workspace of {needed} bytes, got {found}; see ops.workspace_bytes"

@@ -1,0 +1,356 @@
+"""What torch calls: the ops' schemas, the checks of their arguments, and the way to a backend.
+
+`ops.py` says what they do. Registered with Library.define / impl and not with custom_op, which adds
+microseconds to every call: at some 200 ops a token that is felt.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from quant_kernels import backend_reference, dispatch
+from quant_kernels.formats import WeightFormat
+from quant_kernels.packing import (
+    KV_PAGE,
+    SCALE_DTYPES,
+    PackedWeight,
+    SplitWeight,
+    span_of,
+)
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+CODES = (torch.float8_e4m3fn, torch.int8)
+HEAD_DIMS = (32, 64, 96, 128, 256)
+Weight = PackedWeight | SplitWeight
+
+
+class OpError(ValueError):
+    """Arguments that an op does not take: which op and argument, what was found, what is wanted."""
+
+
+def _quantize_activation(x: Tensor, codes: Tensor, scale: Tensor, backend: str) -> None:
+    op = "quantize_activation"
+    _check_activation(op, "x", x, codes, scale, x.shape[-1])
+    backend_for(op, x.device, backend).quantize_activation(x, codes, scale)
+
+
+def _rms_norm_quantize(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    codes: Tensor,
+    scale: Tensor,
+    residual: Tensor | None,
+    backend: str,
+) -> None:
+    op = "rms_norm_quantize"
+    _check_activation(op, "x", x, codes, scale, x.shape[-1])
+    _expect(op, "weight", weight, (x.shape[1],), FLOATS)
+    if residual is not None:
+        _expect(op, "residual", residual, tuple(x.shape), (x.dtype,))
+    backend_for(op, x.device, backend).rms_norm_quantize(x, weight, eps, codes, scale, residual)
+
+
+def _silu_mul_quantize(gate_up: Tensor, codes: Tensor, scale: Tensor, backend: str) -> None:
+    op = "silu_mul_quantize"
+    if gate_up.shape[-1] % 2:
+        raise OpError(f"{op}: gate_up {list(gate_up.shape)} must be [M, 2 F]")
+    _check_activation(op, "gate_up", gate_up, codes, scale, gate_up.shape[-1] // 2)
+    backend_for(op, gate_up.device, backend).silu_mul_quantize(gate_up, codes, scale)
+
+
+def _gemm(scheme: str) -> Callable[..., None]:
+    op, kind = f"gemm_{scheme}", torch.float8_e4m3fn if scheme == "w4afp8" else torch.int8
+
+    def run(
+        x_codes: Tensor,
+        x_scale: Tensor,
+        codes: Tensor,
+        t: Tensor,
+        c: Tensor,
+        group_size: int,
+        numerics: str,
+        out: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        silu_mul: bool,
+        workspace: Tensor | None,
+        backend: str,
+    ) -> None:
+        fmt = WeightFormat(scheme, group_size, numerics)
+        split = codes.dim() == 3
+        weight = SplitWeight(codes, t, c, fmt) if split else PackedWeight(codes, t, fmt)
+        rows, columns = (
+            weight.shape if isinstance(weight, SplitWeight) else (len(codes), codes.shape[1] * 8)
+        )
+        m = x_codes.shape[0]
+        _expect(op, "x_codes", x_codes, (m, columns), (kind,))
+        _expect(op, "x_scale", x_scale, (m, 1), (torch.float32,))
+        _check_weight(op, weight, rows, columns)
+        if silu_mul and (rows % 2 or residual is not None):
+            raise OpError(f"{op}: silu_mul takes a weight of 2 F rows, not {rows}, and no residual")
+        _expect(op, "out", out, (m, rows // 2 if silu_mul else rows), FLOATS)
+        if bias is not None:
+            _expect(op, "bias", bias, (rows,), FLOATS)
+        if residual is not None:
+            _expect(op, "residual", residual, (m, rows), FLOATS)
+        module = backend_for(op, x_codes.device, backend)
+        if split != module.SPLIT_WEIGHTS:
+            wanted = "split" if module.SPLIT_WEIGHTS else "checkpoint"
+            raise OpError(
+                f"{op}: the weight [{rows}, {columns}] is not in the {wanted} layout that backend "
+                f"{module.NAME!r} reads; make it with ops.prepare(weight, backend={module.NAME!r})"
+            )
+        module.gemm(x_codes, x_scale, weight, out, bias, residual, silu_mul, workspace)
+
+    return run
+
+
+def _rope_append(
+    qkv: Tensor,
+    positions: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    slots: Tensor,
+    q_codes: Tensor,
+    q_scale: Tensor,
+    kv_codes: Tensor,
+    kv_scales: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    key_scale: Tensor | None,
+    key_shift: Tensor | None,
+    symmetric: bool,
+    backend: str,
+) -> None:
+    op, tokens = "rope_append", qkv.shape[0]
+    query_heads, dim = q_codes.shape[1:]
+    kv_heads = _check_cache(op, q_codes, q_scale, kv_codes, kv_scales)
+    _expect(op, "qkv", qkv, (tokens, (query_heads + 2 * kv_heads) * dim), FLOATS)
+    _expect(op, "q_codes", q_codes, (tokens, query_heads, dim), (torch.float8_e4m3fn,))
+    integers = (torch.int32, torch.int64)
+    _expect(op, "positions", positions, (tokens,), integers)
+    _expect(op, "slots", slots, (tokens,), integers)
+    _expect(op, "cos", cos, (cos.shape[0], dim // 2), (torch.float32,))
+    _expect(op, "sin", sin, tuple(cos.shape), (torch.float32,))
+    for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
+        if norm is not None:
+            _expect(op, name, norm, (dim,), FLOATS)
+    for name, part in (("key_scale", key_scale), ("key_shift", key_shift)):
+        if part is not None:
+            _expect(op, name, part, (kv_heads, dim), (torch.float32,))
+    if (q_norm is None) != (k_norm is None) or (key_scale is None) != (key_shift is None):
+        raise OpError(f"{op}: q_norm and k_norm, and key_scale and key_shift, come in pairs")
+    backend_for(op, qkv.device, backend).rope_append(
+        qkv, positions, cos, sin, slots, q_codes, q_scale, kv_codes, kv_scales,
+        q_norm, k_norm, eps, key_scale, key_shift, symmetric,
+    )  # fmt: skip
+
+
+def _prefill_attention(
+    q_codes: Tensor,
+    q_scale: Tensor,
+    kv_codes: Tensor,
+    kv_scales: Tensor,
+    block_table: Tensor,
+    cu_seqlens: Tensor,
+    kv_lens: Tensor,
+    max_query_len: int,
+    out: Tensor,
+    sm_scale: float,
+    window: int,
+    backend: str,
+) -> None:
+    op, batch = "prefill_attention", len(kv_lens)
+    _check_attention(op, q_codes, q_scale, kv_codes, kv_scales, block_table, kv_lens, out, sm_scale)
+    _expect(op, "cu_seqlens", cu_seqlens, (batch + 1,), (torch.int32,))
+    if not 0 <= max_query_len <= len(q_codes):
+        raise OpError(f"{op}: max_query_len is {max_query_len} with {len(q_codes)} query tokens")
+    backend_for(op, q_codes.device, backend).prefill_attention(
+        q_codes, q_scale, kv_codes, kv_scales, block_table, cu_seqlens, kv_lens,
+        max_query_len, out, sm_scale, window,
+    )  # fmt: skip
+
+
+def _decode_attention(
+    q_codes: Tensor,
+    q_scale: Tensor,
+    kv_codes: Tensor,
+    kv_scales: Tensor,
+    block_table: Tensor,
+    kv_lens: Tensor,
+    out: Tensor,
+    sm_scale: float,
+    window: int,
+    workspace: Tensor | None,
+    backend: str,
+) -> None:
+    op = "decode_attention"
+    _check_attention(op, q_codes, q_scale, kv_codes, kv_scales, block_table, kv_lens, out, sm_scale)
+    if len(q_codes) != len(kv_lens):
+        raise OpError(f"{op}: {len(q_codes)} query tokens for {len(kv_lens)} sequences; one each")
+    backend_for(op, q_codes.device, backend).decode_attention(
+        q_codes, q_scale, kv_codes, kv_scales, block_table, kv_lens, out,
+        sm_scale, window, workspace,
+    )  # fmt: skip
+
+
+def backend_for(op: str, device: torch.device, asked: str) -> ModuleType:
+    """The module of the backend that `dispatch.choose` names."""
+    if dispatch.choose(op, device, asked) == "triton":
+        return importlib.import_module("quant_kernels.triton.backend")
+    return backend_reference
+
+
+def _expect(
+    op: str, name: str, x: Tensor, shape: tuple[int, ...], dtypes: Sequence[torch.dtype]
+) -> None:
+    """Shape, dtype and a contiguous last dimension, or OpError."""
+    dense = x.dim() == 0 or x.shape[-1] <= 1 or x.stride(-1) == 1
+    if tuple(x.shape) != shape or x.dtype not in dtypes or not dense:
+        kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise OpError(
+            f"{op}: {name} must be {kinds} {list(shape)} with its last dimension contiguous, got "
+            f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)} with strides {x.stride()}"
+        )
+
+
+def _check_weight(op: str, weight: Weight, rows: int, columns: int) -> None:
+    """A weight's tensors belong together and are contiguous."""
+    fmt = weight.fmt
+    fmt.check(rows, columns, f"{op}: weight")
+    groups = fmt.groups(columns)
+    parts: dict[str, tuple[Tensor, tuple[int, ...], tuple[torch.dtype, ...]]]
+    if isinstance(weight, SplitWeight):
+        half = span_of(columns, fmt) // 2
+        shape = (0 if fmt.per_channel else groups, rows)
+        parts = {
+            "codes": (weight.codes, (columns // (2 * half), rows, half), (torch.uint8,)),
+            "t": (weight.t, shape, (SCALE_DTYPES[fmt.numerics],)),
+            "c": (weight.c, (rows,), (torch.float32,)),
+        }
+    else:
+        parts = {
+            "codes": (weight.words, (rows, columns // 8), (torch.int32,)),
+            "t": (weight.scales, (rows, groups), FLOATS),
+        }
+    for name, (part, wanted, dtypes) in parts.items():
+        _expect(op, name, part, wanted, dtypes)
+        if not part.is_contiguous():
+            raise OpError(f"{op}: {name} {list(part.shape)} must be contiguous")
+
+
+def _check_activation(
+    op: str, name: str, x: Tensor, codes: Tensor, scale: Tensor, columns: int
+) -> None:
+    if x.dim() != 2:
+        raise OpError(f"{op}: {name} must have two dimensions, got {list(x.shape)}")
+    _expect(op, name, x, tuple(x.shape), FLOATS)
+    _expect(op, "codes", codes, (x.shape[0], columns), CODES)
+    _expect(op, "scale", scale, (x.shape[0], 1), (torch.float32,))
+
+
+def _check_cache(
+    op: str, q_codes: Tensor, q_scale: Tensor, kv_codes: Tensor, kv_scales: Tensor
+) -> int:
+    """Queries and cache belong together; returns Hk."""
+    if q_codes.dim() != 3 or kv_codes.dim() != 5:
+        raise OpError(
+            f"{op}: q_codes must be [T, Hq, D] and kv_codes [2, pages, Hk, {KV_PAGE}, D / 2], got "
+            f"{list(q_codes.shape)} and {list(kv_codes.shape)}"
+        )
+    tokens, query_heads, dim = q_codes.shape
+    pages, kv_heads = kv_codes.shape[1:3]
+    if dim not in HEAD_DIMS or kv_heads == 0 or query_heads % kv_heads:
+        raise OpError(
+            f"{op}: {query_heads} query heads over {kv_heads} KV heads of dimension {dim}; heads "
+            f"must divide, and the dimension be one of {', '.join(map(str, HEAD_DIMS))}"
+        )
+    _expect(op, "q_codes", q_codes, tuple(q_codes.shape), (torch.float8_e4m3fn,))
+    _expect(op, "q_scale", q_scale, (tokens, query_heads), (torch.float32,))
+    _expect(op, "kv_codes", kv_codes, (2, pages, kv_heads, KV_PAGE, dim // 2), (torch.uint8,))
+    _expect(op, "kv_scales", kv_scales, (2, pages, kv_heads, KV_PAGE, 2), (torch.float16,))
+    if not (kv_codes.is_contiguous() and kv_scales.is_contiguous()):
+        raise OpError(f"{op}: kv_codes and kv_scales must be contiguous")
+    return int(kv_heads)
+
+
+def _check_attention(
+    op: str,
+    q_codes: Tensor,
+    q_scale: Tensor,
+    kv_codes: Tensor,
+    kv_scales: Tensor,
+    block_table: Tensor,
+    kv_lens: Tensor,
+    out: Tensor,
+    sm_scale: float,
+) -> None:
+    if not sm_scale > 0:
+        raise OpError(f"{op}: sm_scale must be positive, got {sm_scale}")
+    _check_cache(op, q_codes, q_scale, kv_codes, kv_scales)
+    batch = len(kv_lens)
+    _expect(op, "kv_lens", kv_lens, (batch,), (torch.int32,))
+    _expect(op, "block_table", block_table, (batch, block_table.shape[1]), (torch.int32,))
+    _expect(op, "out", out, tuple(q_codes.shape), FLOATS)
+
+
+_GEMM = (
+    "(Tensor x_codes, Tensor x_scale, Tensor codes, Tensor t, Tensor c, int group_size, "
+    "str numerics, Tensor(a!) out, Tensor? bias, Tensor? residual, bool silu_mul, "
+    "Tensor(b!)? workspace, str backend) -> ()"
+)
+_CACHE = "Tensor q_codes, Tensor q_scale, Tensor kv_codes, Tensor kv_scales, Tensor block_table, "
+_SCHEMAS: dict[str, tuple[str, Callable[..., None]]] = {
+    "quantize_activation": (
+        "(Tensor x, Tensor(a!) codes, Tensor(b!) scale, str backend) -> ()",
+        _quantize_activation,
+    ),
+    "rms_norm_quantize": (
+        "(Tensor x, Tensor weight, float eps, Tensor(a!) codes, Tensor(b!) scale, "
+        "Tensor(c!)? residual, str backend) -> ()",
+        _rms_norm_quantize,
+    ),
+    "silu_mul_quantize": (
+        "(Tensor gate_up, Tensor(a!) codes, Tensor(b!) scale, str backend) -> ()",
+        _silu_mul_quantize,
+    ),
+    "gemm_w4afp8": (_GEMM, _gemm("w4afp8")),
+    "gemm_w4a8": (_GEMM, _gemm("w4a8")),
+    "rope_append": (
+        "(Tensor qkv, Tensor positions, Tensor cos, Tensor sin, Tensor slots, Tensor(a!) q_codes, "
+        "Tensor(b!) q_scale, Tensor(c!) kv_codes, Tensor(d!) kv_scales, Tensor? q_norm, "
+        "Tensor? k_norm, float eps, Tensor? key_scale, Tensor? key_shift, bool symmetric, "
+        "str backend) -> ()",
+        _rope_append,
+    ),
+    "prefill_attention": (
+        f"({_CACHE}Tensor cu_seqlens, Tensor kv_lens, int max_query_len, Tensor(a!) out, "
+        "float sm_scale, int window, str backend) -> ()",
+        _prefill_attention,
+    ),
+    "decode_attention": (
+        f"({_CACHE}Tensor kv_lens, Tensor(a!) out, float sm_scale, int window, "
+        "Tensor(b!)? workspace, str backend) -> ()",
+        _decode_attention,
+    ),
+}
+
+
+def _register() -> torch.library.Library:
+    library = torch.library.Library("fourbyeight", "DEF")
+    for name, (schema, run) in _SCHEMAS.items():
+        library.define(name + schema)
+        for device in ("CPU", "CUDA"):
+            library.impl(name, run, device)
+        torch.library.register_fake(f"fourbyeight::{name}", lambda *_: None, lib=library)
+    return library
+
+
+_LIBRARY = _register()
