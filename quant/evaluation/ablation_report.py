@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,11 @@ def draw(result: AblationResult, path: Path) -> None:
         found = [perplexities(row, corpus.label) for row in rows]
         low = [value - 100 * (min(p) / base - 1) for value, p in zip(values, found, strict=True)]
         high = [100 * (max(p) / base - 1) - value for value, p in zip(values, found, strict=True)]
-        spread = [[max(0.0, error) for error in side] for side in (low, high)]
+        # One draw has no spread, which is not a spread of zero: NaN is not drawn.
+        spread = [
+            [max(0.0, e) if len(p) > 1 else math.nan for e, p in zip(side, found, strict=True)]
+            for side in (low, high)
+        ]
         places = [
             place + (i - (len(result.corpora) - 1) / 2) * height for place in range(len(rows))
         ]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import shutil
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -315,6 +317,11 @@ def test_the_plot_shows_the_loss_of_every_row(monkeypatch: pytest.MonkeyPatch) -
     assert d == pytest.approx([12.5])
     assert d_spread == [[0.0], [0.0]]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["a | b"]
+    drawn.clear()
+    result = made_up()
+    one = dataclasses.replace(result.rows[1], measurements=result.rows[1].measurements[:1])
+    draw(dataclasses.replace(result, rows=(result.rows[0], one)), Path("/dev/null"))
+    assert all(math.isnan(error[0]) for _, spread, _ in drawn for error in spread)
 
 
 def test_a_plot_needs_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
