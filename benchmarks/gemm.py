@@ -38,7 +38,7 @@ from quant_kernels.formats import (  # noqa: E402
     WeightFormat,
     round_row_unit,
 )
-from quant_kernels.packing import SplitWeight, span_of  # noqa: E402
+from quant_kernels.packing import SCALE_DTYPES, SplitWeight, span_of  # noqa: E402
 
 FORMATS = (WeightFormat("w4afp8", 128, "lut"), WeightFormat("w4a8", 128, "int8"))
 QUICK_TOKENS = (1, 16, 64, 512, 4096)
@@ -82,8 +82,7 @@ def random_weight(
     units = torch.rand(n, generator=generator, device=device) * 0.02 + 0.003
     groups = fmt.groups(k)
     if fmt.per_channel:
-        kind = {"lut": torch.float16, "exact": torch.float32, "int8": torch.uint8}[fmt.numerics]
-        t = torch.empty(0, n, dtype=kind, device=device)
+        t = torch.empty(0, n, dtype=SCALE_DTYPES[fmt.numerics], device=device)
         return SplitWeight(codes, t, units.bfloat16().float(), fmt)
     if fmt.numerics == "exact":
         scales = torch.rand(groups, n, generator=generator, device=device) * 0.02 + 0.003
