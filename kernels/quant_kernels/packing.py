@@ -135,7 +135,8 @@ def join_weight(weight: SplitWeight) -> PackedWeight:
         part = weight.codes[:, start : start + step].transpose(0, 1)  # [rows, K / S, S / 2]
         words[start : start + step] = pack_int4(_nibbles(part).reshape(len(part), columns))
     t = weight.t.float().T if len(weight.t) else torch.ones_like(weight.c).unsqueeze(1)
-    return PackedWeight(words, join_scales(t, weight.c.unsqueeze(1)), weight.fmt)
+    scales = join_scales(t, weight.c.unsqueeze(1)).contiguous()
+    return PackedWeight(words, scales, weight.fmt)
 
 
 def pack_kv(rows: KVCodes) -> tuple[Tensor, Tensor]:

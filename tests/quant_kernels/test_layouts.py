@@ -43,6 +43,7 @@ def test_split_layout_round_trips(fmt, n, blocks, seed):
     back = join_weight(split)
     assert torch.equal(back.words, weight.words)
     assert torch.equal(back.scales, weight.scales)
+    assert back.scales.is_contiguous()
 
 
 def fits(fmt: WeightFormat, k: int) -> bool:
