@@ -1,0 +1,67 @@
+"""The generation benchmark's arithmetic, and a run of it on a tiny model."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.generation import Cell, markdown, measure, prompts
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "generation.py"
+
+
+def test_prompts_are_the_same_for_every_engine():
+    assert prompts(3, 7) == prompts(3, 7)
+    assert [len(row) for row in prompts(3, 7)] == [7, 7, 7]
+    assert len({tuple(row) for row in prompts(3, 7)}) == 3
+
+
+def test_seconds_are_split_in_the_first_token_and_the_rest(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+
+    def generate(given, count):
+        now[0] += 2.0 + 0.25 * (count - 1)
+        return [[5] * count for _ in given]
+
+    cell = measure("fourbyeight", generate, 4, 8, 11, 3, "cpu")
+    assert cell.ttft == pytest.approx(2.0)
+    assert cell.tpot == pytest.approx(0.25)
+    assert cell.tokens_per_second == pytest.approx(16.0)
+
+
+def test_an_engine_that_stops_early_is_no_measurement():
+    with pytest.raises(SystemExit, match=r"gave \[1, 1\] tokens, not 4"):
+        measure("transformers", lambda given, count: [[5] for _ in given], 2, 8, 4, 1, "cpu")
+
+
+def test_ratios_are_transformers_over_the_row():
+    shared = {"batch": 2, "prompt": 8, "peak_memory_bytes": 10**9, "peak_device_bytes": None}
+    table = markdown(
+        [
+            Cell("transformers", ttft=0.3, tpot=0.02, tokens_per_second=100, **shared),
+            Cell("fourbyeight", ttft=0.1, tpot=0.04, tokens_per_second=50, **shared),
+        ]
+    ).splitlines()
+    assert table[2] == "| fourbyeight | 2 | 8 | 100.0 | 3.00 | 40.00 | 0.50 | 50.0 | 1.00 GB |"
+    assert table[3] == "| transformers | 2 | 8 | 300.0 |  | 20.00 |  | 100.0 | 1.00 GB |"
+
+
+def test_the_command_on_a_tiny_model(quantized_case, tmp_path):
+    case, figures = quantized_case("int8-64"), tmp_path / "figures.json"
+    command = [sys.executable, str(SCRIPT), str(case.output), "--baseline", str(case.source)]
+    command += ["--batch", "1", "2", "--prompt", "5", "--tokens", "3", "--repeats", "1"]
+    done = subprocess.run(
+        [*command, "--device", "cpu", "--json", str(figures)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    cells = json.loads(figures.read_text())["cells"]
+    assert [(cell["engine"], cell["batch"]) for cell in cells] == [
+        (engine, batch) for engine in ("fourbyeight", "transformers") for batch in (1, 2)
+    ]
+    assert all(cell["ttft"] > 0 and cell["peak_memory_bytes"] > 10**8 for cell in cells)
