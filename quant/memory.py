@@ -6,6 +6,8 @@ import contextlib
 import ctypes
 import re
 import resource
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -49,6 +51,24 @@ def return_large_arrays() -> None:
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_ARRAY_BYTES)
+
+
+@contextlib.contextmanager
+def without_triton() -> Iterator[None]:
+    """Where torch is built for the CPU: imports inside find no Triton, later ones do.
+
+    transformers imports torch._dynamo, and that Triton wherever it is installed: 70 MB (Triton 3.9)
+    for kernels that such a build never starts.
+    """
+    hidden = torch.version.cuda is None and torch.version.hip is None
+    hidden = hidden and "triton" not in sys.modules
+    if hidden:
+        sys.modules["triton"] = None  # type: ignore[assignment]  # Python's word for "not there"
+    try:
+        yield
+    finally:
+        if hidden:
+            del sys.modules["triton"]
 
 
 def release_free_memory() -> None:

@@ -145,3 +145,33 @@ def test_auto_is_memory_where_there_is_room_and_disk_where_there_is_not(
     assert place(0, "cpu") == "cpu"
     assert place(0, "none") == "device"
     assert place(2**50, "disk") == "disk"
+
+
+CONFIG_WITHOUT_TRITON = """
+import sys
+from pathlib import Path
+from quant.checkpoint.hf_config import decoder_config
+raw = dict(model_type="llama", hidden_size=64, intermediate_size=128, num_hidden_layers=1,
+           num_attention_heads=2, num_key_value_heads=1, vocab_size=100, rms_norm_eps=1e-5,
+           max_position_embeddings=64, hidden_act="silu")
+decoder_config(raw, Path("config.json"))
+import torch
+print("torch._dynamo" in sys.modules, "triton" in sys.modules, torch.version.cuda is None)
+import triton
+print(triton.__name__)
+"""
+
+
+def test_a_config_does_not_cost_a_cpu_build_of_torch_triton() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", CONFIG_WITHOUT_TRITON],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found, later = done.stdout.split("\n")[:2]
+    _, imported, cpu_build = found.split()
+    assert imported != cpu_build  # with CUDA it may come, and does
+    assert later == "triton"

@@ -14,6 +14,7 @@ from typing import Any
 
 from quant.architectures import LAYER_TYPES, DecoderConfig, check_rope_type
 from quant.errors import RequestError
+from quant.memory import without_triton
 
 # What is wrong with a value, as the end of "FIELD is VALUE, ..."; None where nothing is.
 Check = Callable[[Any], str | None]
@@ -124,7 +125,8 @@ def decoder_config(raw: Mapping[str, Any], path: Path) -> DecoderConfig:
 
 
 def _transformers_config(raw: Mapping[str, Any]) -> Any:
-    from transformers import CONFIG_MAPPING
+    with without_triton():
+        from transformers import CONFIG_MAPPING
 
     for name in REQUIRED:
         if name not in raw:
@@ -140,7 +142,8 @@ def _transformers_config(raw: Mapping[str, Any]) -> Any:
     _check_unsupported(raw)
     model_type = raw["model_type"]
     _check_agreement(model_type, fields)
-    return CONFIG_MAPPING[model_type](**fields)
+    with without_triton():  # the class is imported here
+        return CONFIG_MAPPING[model_type](**fields)
 
 
 def _checked(name: str, value: Any, check: Check) -> Any:
