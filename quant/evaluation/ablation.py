@@ -41,6 +41,7 @@ CHECKPOINT = "checkpoint"
 RUN_FILE = "run.json"
 LOG_FILE = "log.txt"
 HASH_LENGTH = 12
+INTERRUPTED = 130  # exit code
 LOG_LINES = 8  # of a failed step, in its error
 
 
@@ -221,6 +222,8 @@ class _Cell:
                 code = _wait([*command, "--json", str(file)], log)
                 log.seek(0)
                 said = log.read()
+            if code == INTERRUPTED:  # it alone was told to stop: so is the whole
+                raise KeyboardInterrupt
             if code:
                 _fail(f"row {self.title!r}, `quantize {arguments[0]}`", code, said)
         figures: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
