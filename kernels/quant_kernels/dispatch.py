@@ -91,7 +91,7 @@ def by_table(op: str, device: torch.device) -> str:
 
 
 def table() -> list[tuple[str, str, str, str]]:
-    """All rules as (op, device, backend, why), one row an op, for people."""
+    """(op, device, backend, why) of every op under every rule that names it, for people."""
     rows = []
     for op in OPS:
         for rule in RULES:
