@@ -5,14 +5,16 @@ the first site's input; `advance` takes a site's linear outputs and gives the ne
 
     begin -> [q, k, v] -> attention -> [o] -> add, norm -> [gate, up] -> silu * -> [down] -> add
 
-Calibration stops at every site to look at x; the runtime runs straight through. Both call these
-functions, so what is calibrated is what runs. Norms, RoPE, softmax and SiLU are computed in FP32.
+Calibration stops at every site to look at x; `Decoder` runs straight through, and is what
+`runtime/model.py`, made of fused ops, must agree with. Norms, RoPE, softmax and SiLU are computed
+in FP32, and attention over quantized keys and values by the op that the runtime calls.
 
 Shapes: B sequences, S tokens, H hidden, Hq / Hk query / KV heads, D head_dim.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -21,11 +23,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quant.architectures import SITES, DecoderConfig
-from quant_kernels import reference
-from quant_kernels.kv4 import KVFormat, dequantize_kv, quantize_kv
-from quant_kernels.packing import PackedWeight
+from quant_kernels import ops, reference
+from quant_kernels.formats import WeightFormat
+from quant_kernels.kv4 import KVFormat, quantize_kv
+from quant_kernels.packing import KV_PAGE, PackedWeight
 from quant_kernels.reference import ExpandedWeight, rms_norm
-from quant_kernels.reference_attention import apply_rope
+from quant_kernels.reference_attention import append_kv, apply_rope
 
 # q [B, S, Hq, D], k and v [B, S, Hk, D], all after RoPE -> [B, S, Hq, D]
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -37,20 +40,6 @@ def rotary_table(cfg: DecoderConfig, positions: Tensor) -> tuple[Tensor, Tensor]
     angles = positions.float().unsqueeze(-1) * inv_freq
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos() * cfg.rope_factor, angles.sin() * cfg.rope_factor
-
-
-def causal_attention(window: int | None) -> Attention:
-    """Attention over the sequence itself: token i sees i - window + 1 .. i, or all before it."""
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        length = q.shape[1]
-        if window is None or window >= length:
-            return scaled_dot_product(q, k, v, None)
-        i = torch.arange(length, device=q.device)
-        distance = i[:, None] - i[None, :]
-        return scaled_dot_product(q, k, v, (distance >= 0) & (distance < window))
-
-    return attend
 
 
 @dataclass(frozen=True)
@@ -66,36 +55,69 @@ class KeyTransform:
     def to(self, device: torch.device) -> KeyTransform:
         return KeyTransform(self.scale.to(device), self.shift.to(device))
 
+    def apply(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """q [..., Hq, D] and k [..., Hk, D] -> q' and k', FP32; query heads of a KV head alike."""
+        grouped = q.float().unflatten(-2, (len(self.scale), -1))  # [..., Hk, Hq / Hk, D]
+        return (grouped / self.scale.unsqueeze(1)).flatten(-3, -2), (
+            k.float() - self.shift
+        ) * self.scale
+
     def to_lists(self) -> tuple[list[list[float]], list[list[float]]]:
         """Scale and shift as plain numbers, without loss."""
         return self.scale.tolist(), self.shift.tolist()
 
 
-def quantized_attention(
-    attend: Attention, kv: KVFormat | None, keys: KeyTransform | None = None
+def causal_attention(
+    window: int | None, kv: KVFormat | None = None, keys: KeyTransform | None = None
 ) -> Attention:
-    """Attention over keys and values as the KV cache holds them.
+    """Attention over the sequence itself: token i sees i - window + 1 .. i, or all before it.
 
-    Keys and queries are transformed, queries of all query heads of a KV head alike. Then with kv,
-    keys and values are rounded to its grid (`kv4.py`) and queries to FP8, per token and head. So
-    `attend` may store what it is given, in prefill and decode, and calibration sees the same.
-
-    The rounded numbers go on in q's dtype. In BF16 they are rounded once more, by up to 2^-9 of
-    themselves, where a kernel that reads codes does not; a step of the grid is 2^-4 of the range.
+    keys: what is done to keys and queries after RoPE. kv: how the cache stores keys and values
+    (`kv4.py`); queries are FP8 then, and softmax meets values as the op defines it
+    (`reference_attention.py`), so that calibration sees what a kernel computes.
     """
 
-    def attend_rounded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        dtype = q.dtype
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        dtype, length = q.dtype, q.shape[1]
         if keys is not None:
-            k = (k.float() - keys.shift) * keys.scale
-            grouped = q.float().unflatten(2, (len(keys.scale), -1))  # [B, S, Hk, r, D]
-            q = (grouped / keys.scale.unsqueeze(1)).flatten(2, 3)
+            q, k = keys.apply(q, k)
         if kv is not None:
-            q = reference.dequantize_activation(*reference.quantize_activation(q, "fp8"))
-            k, v = (dequantize_kv(quantize_kv(rows, kv)) for rows in (k, v))
-        return attend(q.to(dtype), k.to(dtype), v.to(dtype))
+            return attend_quantized(q, k, v, kv, window).to(dtype)
+        q, k = q.to(dtype), k.to(dtype)
+        if window is None or window >= length:
+            return scaled_dot_product(q, k, v, None)
+        i = torch.arange(length, device=q.device)
+        distance = i[:, None] - i[None, :]
+        return scaled_dot_product(q, k, v, (distance >= 0) & (distance < window))
 
-    return attend_rounded
+    return attend
+
+
+def attend_quantized(
+    q: Tensor, k: Tensor, v: Tensor, kv: KVFormat, window: int | None = None
+) -> Tensor:
+    """Causal attention as over a quantized cache, by the op `prefill_attention`.
+
+    q [B, S, Hq, D] is rounded to FP8, k and v [B, S, Hk, D] to kv's grid, per token and head.
+    Returns [B, S, Hq, D] FP32.
+    """
+    batch, length, heads, dim = q.shape
+    pages = math.ceil(length / KV_PAGE)
+    table = torch.arange(batch * pages, device=q.device, dtype=torch.int32).view(batch, pages)
+    slots = (table[:, :1] * KV_PAGE + torch.arange(length, device=q.device)).flatten()
+    shape = (2, batch * pages, k.shape[2], KV_PAGE)
+    codes = torch.zeros(*shape, dim // 2, dtype=torch.uint8, device=q.device)
+    scales = torch.zeros(*shape, 2, dtype=torch.float16, device=q.device)
+    keys, values = (quantize_kv(x.flatten(0, 1), kv) for x in (k, v))
+    append_kv(keys, values, slots, codes, scales)
+    q_codes, q_scale = reference.quantize_activation(q.flatten(0, 1), "fp8")
+    starts = torch.arange(0, (batch + 1) * length, length, device=q.device, dtype=torch.int32)
+    out = torch.empty(batch * length, heads, dim, device=q.device)
+    ops.prefill_attention(
+        q_codes, q_scale.squeeze(-1), codes, scales, table, starts, starts.diff(), length, out,
+        sm_scale=1 / math.sqrt(dim), window=window or 0,
+    )  # fmt: skip
+    return out.unflatten(0, (batch, length))
 
 
 def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -214,3 +236,57 @@ def block_forward(
         outputs = site_outputs([linears[name] for name in names], x)
         hidden, x = advance(cfg, norms, site, hidden, outputs, rope, attend)
     return hidden
+
+
+@dataclass(frozen=True)
+class Block:
+    """One decoder block: norm weights and linears by their names inside the block.
+
+    keys: what is done to keys and queries after RoPE, so that keys lose less in a quantized cache.
+    """
+
+    norms: Mapping[str, Tensor]
+    linears: Mapping[str, Linear]
+    keys: KeyTransform | None = None
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A model in plain torch: embedding [V, H], blocks, norm [H], lm_head [V, H] (maybe tied).
+
+    fmt: the weight format of its packed linears; None for a dense checkpoint. kv: how keys and
+    values are stored; None: as computed.
+    """
+
+    config: DecoderConfig
+    fmt: WeightFormat | None
+    embedding: Tensor
+    blocks: tuple[Block, ...]
+    norm: Tensor
+    lm_head: Tensor
+    kv: KVFormat | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.dtype
+
+    def hidden_states(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """tokens and positions [B, S] int -> the last block's output after the norm, [B, S, H].
+
+        Attention is causal inside each of the B sequences.
+        """
+        cfg = self.config
+        rope = rotary_table(cfg, positions)
+        hidden = self.embedding[tokens]
+        for layer, block in enumerate(self.blocks):
+            attend = causal_attention(cfg.sliding_windows[layer], self.kv, block.keys)
+            hidden = block_forward(cfg, block.norms, block.linears, hidden, rope, attend)
+        return rms_norm(hidden, self.norm, cfg.rms_norm_eps)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [..., H] -> logits [..., V], in the model's dtype."""
+        return F.linear(hidden, self.lm_head)

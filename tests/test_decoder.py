@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from quant.architectures import SUPPORTED, block_prefix, split_linear_name
-from quant.decoder import Linear
+from quant.checkpoint.loading import load_decoder
+from quant.decoder import Block, Decoder, Linear
 from quant.errors import RequestError
-from quant.runtime.kv_cache import KVCache
-from quant.runtime.model import Block, Decoder, load_decoder
 
 # FP32 sums in another order: a few units in the last place of logits of order one. Whatever is
 # dropped or misplaced moves them by more than `NOTICEABLE`, which the tests below hold to.
@@ -59,23 +58,6 @@ def test_logits_equal_transformers(kind, tiny_checkpoint):
     found = logits_of(decoder, tokens)
     assert expected.std() > 0.5  # or the tolerance would mean nothing
     assert (found - expected).abs().max() < TOLERANCE
-
-
-def test_logits_token_by_token_equal_one_prefill(kind, tiny_checkpoint):
-    # Two sequences of different lengths in one cache: prompts of 3 and 17, then step by step.
-    decoder = load_decoder(tiny_checkpoint(kind), dtype=torch.float32)
-    tokens = random_tokens(1)
-    expected = logits_of(decoder, tokens)
-    cache = KVCache(decoder.config, BATCH, LENGTH, dtype=torch.float32)
-    for slot, prompt in enumerate((3, 17)):
-        assert cache.allocate() == slot
-        step = decoder.hidden_states(tokens[slot : slot + 1, :prompt], *cache.prefill(slot, prompt))
-        assert (decoder.logits(step)[0] - expected[slot, :prompt]).abs().max() < TOLERANCE
-    while cache.lengths[1] < LENGTH:
-        here = torch.tensor(cache.lengths)
-        rows = torch.arange(BATCH)
-        step = decoder.hidden_states(tokens[rows, here].unsqueeze(1), *cache.decode([0, 1]))
-        assert (decoder.logits(step)[:, 0] - expected[rows, here]).abs().max() < TOLERANCE
 
 
 def test_every_norm_weight_and_bias_counts(kind, tiny_checkpoint):

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from quant.calibration.quantize import quantize
+from quant.checkpoint.loading import load_decoder
 from quant.errors import RequestError
 from quant.passes import CompensatePass, RoundPass
 from quant.recipe import (
@@ -16,7 +17,6 @@ from quant.recipe import (
     parse_recipe,
     presets,
 )
-from quant.runtime.model import load_decoder
 from quant_kernels.formats import WeightFormat
 
 FULL = """

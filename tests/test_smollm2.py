@@ -20,10 +20,10 @@ from torch import Tensor
 
 from quant.calibration.data import load_tokens
 from quant.calibration.quantize import quantize
+from quant.checkpoint.loading import load_decoder
 from quant.checkpoint.reader import load_tokenizer
-from quant.decoder import Linear
+from quant.decoder import Block, Decoder, Linear
 from quant.evaluation.perplexity import evaluate_perplexity
-from quant.runtime.model import Block, Decoder, load_decoder
 from quant_kernels.formats import effective_weight
 from quant_kernels.packing import PackedWeight, unpack_int4
 

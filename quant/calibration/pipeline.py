@@ -43,7 +43,6 @@ from quant.decoder import (
     advance,
     begin,
     causal_attention,
-    quantized_attention,
     rotary_table,
 )
 from quant.errors import WorkFailed
@@ -440,9 +439,9 @@ class BlockPipeline:
         cfg, order = self._cfg, list(SITES)
         layer, block = work.layer, work.tensors
         following = order[order.index(site) + 1] if site != order[-1] else None
-        attend = causal_attention(cfg.sliding_windows[layer])
-        if self._kv is not None:
-            attend = quantized_attention(attend, self._kv, work.keys)
+        attend = causal_attention(
+            cfg.sliding_windows[layer], self._kv, work.keys if self._kv else None
+        )
         outputs_of = work.linears(site, self._inputs, self._batches, self.device)
         # The sites after which something is added to the residual stream.
         adds = site in FEEDBACK_SITES

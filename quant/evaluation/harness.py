@@ -27,7 +27,7 @@ from torch import Tensor
 
 from quant.errors import RequestError, WorkFailed
 from quant.evaluation.perplexity import LOGIT_ROWS
-from quant.runtime.model import Decoder
+from quant.runtime.model import Model
 
 # Tokens that go through the model together, padding included: its activations stay small, and on a
 # CPU more of them are not faster.
@@ -40,11 +40,11 @@ OnBatch = Callable[[int, int], None]  # requests scored, of how many
 
 
 class DecoderLM(TemplateLM):
-    """Scores continuations with a `Decoder`. Equal requests are computed once: ties are exact."""
+    """Scores continuations with a `Model`. Equal requests are computed once: ties are exact."""
 
-    def __init__(self, decoder: Decoder, tokenizer: Any) -> None:
+    def __init__(self, model: Model, tokenizer: Any) -> None:
         super().__init__()
-        self.decoder = decoder
+        self.model = model
         self.tokenizer = tokenizer
         self.on_batch: OnBatch = lambda done, total: None
 
@@ -91,7 +91,7 @@ class DecoderLM(TemplateLM):
             raise RequestError(
                 f"a task's {part} has no token: {texts[0][-40:]!r}, {texts[1]!r:.80}"
             )
-        limit = self.decoder.config.max_position_embeddings
+        limit = self.model.config.max_position_embeddings
         if len(continuation) > limit:
             raise RequestError(
                 f"a task's choice has {len(continuation):,} tokens; the model takes {limit:,}: "
@@ -102,18 +102,13 @@ class DecoderLM(TemplateLM):
 
     @torch.inference_mode()
     def _score(self, batch: Sequence[Pair]) -> list[Score]:
-        model = self.decoder
+        model = self.model
         inputs = [[*context, *continuation[:-1]] for context, continuation in batch]
-        length = max(map(len, inputs))
-        ids = torch.zeros((len(batch), length), dtype=torch.int64)  # [B, S]
-        for row, tokens in zip(ids, inputs, strict=True):
-            row[: len(tokens)] = torch.tensor(tokens)
-        positions = torch.arange(length, device=model.device).unsqueeze(0)
-        hidden = model.hidden_states(ids.to(model.device), positions)  # [B, S, H]
+        rows = zip(model.hidden_states(inputs), batch, strict=True)
         scored = torch.cat(
             [
-                row[len(context) - 1 : len(context) - 1 + len(continuation)]
-                for row, (context, continuation) in zip(hidden, batch, strict=True)
+                hidden[len(context) - 1 : len(context) - 1 + len(continuation)]
+                for hidden, (context, continuation) in rows
             ]
         )
         wanted = torch.tensor([token for _, continuation in batch for token in continuation])
@@ -150,7 +145,7 @@ def run_task(lm: DecoderLM, name: str, task: Any, limit: int | None) -> tuple[di
     return metrics, int(results["n-samples"][name]["effective"])
 
 
-def _log_probabilities(model: Decoder, hidden: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+def _log_probabilities(model: Model, hidden: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     """hidden [T, H], wanted [T] -> log p of wanted [T] FP64, and whether it is the most likely."""
     log_p, greedy = [], []
     for rows, tokens in zip(hidden.split(LOGIT_ROWS), wanted.split(LOGIT_ROWS), strict=True):
@@ -165,7 +160,7 @@ def _length(pair: Pair) -> int:
 
 
 def _batches(pairs: Sequence[Pair]) -> Iterator[list[Pair]]:
-    """pairs, longest first, in batches whose padded size stays within BATCH_TOKENS."""
+    """pairs, longest first, in batches of at most BATCH_TOKENS tokens."""
     start = 0
     while start < len(pairs):
         count = max(1, BATCH_TOKENS // _length(pairs[start]))

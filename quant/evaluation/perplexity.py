@@ -27,7 +27,7 @@ from quant.device import select_device, select_dtype
 from quant.errors import RequestError, WorkFailed
 from quant.memory import peak_memory_bytes, reset_peak_memory
 from quant.report import OnProgress, Progress, ignore_progress
-from quant.runtime.model import Decoder, load_decoder
+from quant.runtime.model import Model, load_model
 
 # Rows of logits computed together: 512 x 128k vocabulary x FP32 is 0.26 GB.
 LOGIT_ROWS = 512
@@ -47,7 +47,7 @@ class Perplexity:
 
 @torch.inference_mode()
 def perplexity(
-    model: Decoder,
+    model: Model,
     tokens: Tensor,
     *,
     window: int = 2048,
@@ -60,13 +60,12 @@ def perplexity(
     """
     started = time.perf_counter()
     count = check_windows(len(tokens), window, max_windows)
-    positions = torch.arange(window, device=model.device).unsqueeze(0)
     loss = 0.0
     for i in range(count):
         on_progress(Progress("perplexity", i, count))
-        ids = tokens[i * window : (i + 1) * window].to(model.device)
-        hidden = model.hidden_states(ids.unsqueeze(0), positions)[0]
-        loss += _negative_log_likelihood(model, hidden[:-1], ids[1:])
+        ids = tokens[i * window : (i + 1) * window]
+        (hidden,) = model.hidden_states([ids.tolist()])
+        loss += _negative_log_likelihood(model, hidden[:-1], ids[1:].to(model.device))
     on_progress(Progress("perplexity", count, count))
     predicted = count * (window - 1)
     if not math.isfinite(loss):
@@ -107,7 +106,7 @@ def evaluate_perplexity(
     tokens = load_tokens(part, tokenizer, reader.config.vocab_size, enough)
     check_windows(len(tokens), window, max_windows)
     check_length(window, reader.config)
-    decoder = load_decoder(
+    decoder = load_model(
         directory, device=target, dtype=kept_dtype, trust_remote_code=trust_remote_code
     )
     return perplexity(
@@ -129,7 +128,7 @@ def check_windows(tokens: int, window: int, max_windows: int | None) -> int:
     return min(tokens // window, max_windows or tokens // window)
 
 
-def _negative_log_likelihood(model: Decoder, hidden: Tensor, targets: Tensor) -> float:
+def _negative_log_likelihood(model: Model, hidden: Tensor, targets: Tensor) -> float:
     """hidden [S, H], targets [S] -> summed over S."""
     total = 0.0
     for rows, wanted in zip(hidden.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True):

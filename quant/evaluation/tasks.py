@@ -30,7 +30,7 @@ from quant.device import select_device, select_dtype
 from quant.errors import RequestError
 from quant.memory import peak_memory_bytes, reset_peak_memory
 from quant.report import OnProgress, Progress, ignore_progress
-from quant.runtime.model import load_decoder
+from quant.runtime.model import load_model
 
 SUFFIX = ".jsonl"
 
@@ -121,7 +121,7 @@ def evaluate_tasks(
 
     with quiet():
         loaded = _load(chosen)
-    decoder = load_decoder(
+    decoder = load_model(
         directory, device=target, dtype=kept_dtype, trust_remote_code=trust_remote_code
     )
     lm = DecoderLM(decoder, load_tokenizer(directory, trust_remote_code))

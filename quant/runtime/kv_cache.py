@@ -1,172 +1,250 @@
-"""Keys and values of running sequences, preallocated: slot s holds one sequence, from position 0.
+"""Keys and values of running sequences, preallocated in pages of KV_PAGE tokens.
 
-For a layer with a sliding window w (None: w = infinity), a query at position i sees
+Pages, because sequences of any length then share one memory, and one that ends gives all of its
+room back at once. They cost little code: a list of free pages, and a table that the attention
+kernels read anyway. A sequence gets the pages for its prompt and all that it may generate when it
+is admitted, so that nothing that runs ever has to be stopped for want of room.
 
-    O_i = sum_t P_it v_t,   P_i = softmax_t(q_i . k_t / sqrt(D)),   max(0, i - w + 1) <= t <= i
+Two caches of one interface, `attend`: it takes what a layer's q, k and v projections gave for a
+batch's new tokens, stores keys and values, and lets the queries see their sequences,
 
-A decode step reads a padded span of every slot at once; what lies outside a sequence's own span is
-masked, so P is exactly 0 there.
+    O_i = sum_t P_it v_t,   P_i = softmax_t(q_i . k_t / sqrt(D)),   max(0, i - window + 1) <= t <= i
 
-Shapes: L layers, B sequences, S tokens, Hq / Hk query / KV heads, D head_dim.
+`Int4Cache` stores 4-bit codes that the kernels read as they are (`kv4.py`). `DenseCache` stores the
+model's dtype, for models whose checkpoint has no format for keys; its attention is torch's, over a
+copy of the pages that a step sees.
+
+Shapes: L layers, T tokens, Hq / Hk query / KV heads, D head_dim, P pages.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from quant.architectures import DecoderConfig
-from quant.decoder import Attention, causal_attention, scaled_dot_product
+from quant.decoder import KeyTransform, rotary_table, scaled_dot_product
 from quant.errors import RequestError
-from quant.runtime.model import AttentionOf
+from quant.runtime.batch import Batch
+from quant_kernels import ops
+from quant_kernels.kv4 import KVFormat
+from quant_kernels.packing import KV_PAGE
+from quant_kernels.reference import rms_norm
+from quant_kernels.reference_attention import apply_rope
 
 
-class KVCache:
-    """keys and values [L, slots, max_len, Hk, D], after RoPE, in the model's dtype.
+@dataclass(frozen=True)
+class HeadOptions:
+    """What a layer does to heads besides RoPE: norm weights [D] of q and k, a key transform."""
 
-    `prefill` and `decode` take the room that the step's tokens need and return (positions,
-    attention_of), both for one call of `Decoder.hidden_states`. A cache in another format is a
-    class with the same methods: only they know how keys and values are stored.
+    norms: tuple[Tensor, Tensor] | None = None
+    keys: KeyTransform | None = None
+
+
+class PagePool:
+    """Pages 0 .. count - 1, each of them free or owned by one sequence."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._free = list(reversed(range(count)))
+        self._owned = np.zeros(count, dtype=bool)
+
+    @property
+    def free_count(self) -> int:
+        return len(self._free)
+
+    def allocate(self, count: int) -> list[int] | None:
+        """That many pages, or None where fewer are free."""
+        if count > len(self._free):
+            return None
+        pages = [self._free.pop() for _ in range(count)]
+        self._owned[pages] = True
+        return pages
+
+    def free(self, pages: list[int]) -> None:
+        """Give pages back; ValueError where one is not owned, and then none is."""
+        if len(set(pages)) != len(pages) or not bool(self._owned[pages].all()):
+            raise ValueError(f"pages {pages} are not all owned: freed twice?")
+        self._owned[pages] = False
+        self._free.extend(reversed(pages))
+
+
+class Int4Cache:
+    """codes [L, 2, P, Hk, KV_PAGE, D / 2] uint8 and scales [L, 2, P, Hk, KV_PAGE, 2] FP16.
+
+    Raises RequestError where the memory is not there.
     """
 
     def __init__(
         self,
         config: DecoderConfig,
-        slots: int,
-        max_len: int,
+        pages: int,
+        kv: KVFormat,
         *,
-        dtype: torch.dtype = torch.bfloat16,
+        max_len: int,
         device: torch.device | None = None,
     ) -> None:
-        """Raises RequestError where the memory is not there."""
+        self.config, self.kv = config, kv
+        device = device or torch.device("cpu")
+        shape = (config.num_layers, 2, pages, config.num_kv_heads, KV_PAGE)
+        size = pages * KV_PAGE * self.bytes_per_token(config)
+        self.codes = _zeros((*shape, config.head_dim // 2), torch.uint8, device, size)
+        self.scales = _zeros((*shape, 2), torch.float16, device, size)
+        self.pool = PagePool(pages)
+        self.rope = _half_tables(config, max_len, device)
+
+    @staticmethod
+    def bytes_per_token(config: DecoderConfig) -> int:
+        """Bytes of one token of one sequence over all layers: codes, scale and offset."""
+        return config.num_layers * 2 * config.num_kv_heads * (config.head_dim // 2 + 4)
+
+    def attend(
+        self, layer: int, qkv: Tensor, batch: Batch, options: HeadOptions, out: Tensor,
+        workspace: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """qkv [T, (Hq + 2 Hk) D], out [T, Hq, D]; BF16, FP16 or FP32."""
+        cfg, cache = self.config, (self.codes[layer], self.scales[layer])
+        q_codes = torch.empty(out.shape, dtype=torch.float8_e4m3fn, device=out.device)
+        q_scale = torch.empty(out.shape[:2], device=out.device)
+        keys = options.keys
+        ops.rope_append(
+            qkv, batch.positions, *self.rope, batch.slots, q_codes, q_scale, *cache,
+            norms=options.norms, eps=cfg.rms_norm_eps,
+            key_transform=None if keys is None else (keys.scale, keys.shift),
+            symmetric=self.kv.symmetric,
+        )  # fmt: skip
+        scale, window = 1 / math.sqrt(cfg.head_dim), cfg.sliding_windows[layer] or 0
+        n = batch.singles
+        if n:
+            ops.decode_attention(
+                q_codes[:n], q_scale[:n], *cache, batch.block_table[:n], batch.kv_lens[:n], out[:n],
+                sm_scale=scale, window=window, workspace=workspace,
+            )  # fmt: skip
+        if n < len(batch.lengths):
+            ops.prefill_attention(
+                q_codes[n:], q_scale[n:], *cache, batch.block_table[n:], batch.starts,
+                batch.kv_lens[n:], batch.max_query_len, out[n:], sm_scale=scale, window=window,
+            )  # fmt: skip
+
+
+class DenseCache:
+    """keys and values [L, P, KV_PAGE, Hk, D], after RoPE, in the model's dtype.
+
+    Raises RequestError where the memory is not there.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        pages: int,
+        dtype: torch.dtype,
+        *,
+        max_len: int,
+        device: torch.device | None = None,
+    ) -> None:
         self.config = config
-        self.max_len = max_len
-        self.lengths = [0] * slots  # tokens in each slot
-        self._free = list(reversed(range(slots)))
-        shape = (config.num_layers, slots, max_len, config.num_kv_heads, config.head_dim)
-        self.device = device or torch.device("cpu")
-        try:
-            self.keys = _zeros(shape, dtype, self.device)
-            self.values = _zeros(shape, dtype, self.device)
-        except (RuntimeError, MemoryError) as error:  # torch's and numpy's words for it
-            size = 2 * dtype.itemsize * torch.Size(shape).numel()
-            raise RequestError(
-                f"the KV cache of {slots} sequences x {max_len} tokens takes {size / 1e9:,.1f} GB, "
-                f"which {self.device} does not have; lower max_num_seqs or max_model_len"
-            ) from error
+        device = device or torch.device("cpu")
+        # One page more, which no sequence is given: padded tokens, in slot -1, go there.
+        shape = (config.num_layers, pages + 1, KV_PAGE, config.num_kv_heads, config.head_dim)
+        size = pages * KV_PAGE * self.bytes_per_token(config, dtype)
+        self.keys = _zeros(shape, dtype, device, size)
+        self.values = _zeros(shape, dtype, device, size)
+        self.pool = PagePool(pages)
+        self.rope = tuple(
+            torch.cat((table, table), -1) for table in _half_tables(config, max_len, device)
+        )
 
-    @property
-    def bytes_per_token(self) -> int:
-        """Bytes that one token of one sequence takes, over all layers."""
-        config = self.config
-        per_layer = 2 * config.num_kv_heads * config.head_dim * self.keys.dtype.itemsize
-        return config.num_layers * per_layer
+    @staticmethod
+    def bytes_per_token(config: DecoderConfig, dtype: torch.dtype) -> int:
+        """Bytes of one token of one sequence over all layers."""
+        return config.num_layers * 2 * config.num_kv_heads * config.head_dim * dtype.itemsize
 
-    def allocate(self) -> int | None:
-        """An empty slot, the lowest there is; None where all are taken."""
-        return self._free.pop() if self._free else None
-
-    def free(self, slot: int) -> None:
-        """Give a slot back; its tokens are forgotten."""
-        if slot in self._free:
-            raise ValueError(f"slot {slot} is already free")
-        self.lengths[slot] = 0
-        self._free = sorted([*self._free, slot], reverse=True)
-
-    def prefill(self, slot: int, count: int) -> tuple[Tensor, AttentionOf]:
-        """Room for a prompt of `count` tokens, from the beginning of a slot.
-
-        Returns positions [1, count] and the attention of each layer, which stores k and v
-        [1, count, Hk, D] and attends causally. Raises RequestError where the prompt does not fit.
-        """
-        if count > self.max_len:
-            raise RequestError(
-                f"the prompt has {count} tokens; the KV cache holds {self.max_len} per sequence"
+    def attend(
+        self, layer: int, qkv: Tensor, batch: Batch, options: HeadOptions, out: Tensor,
+        workspace: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """qkv [T, (Hq + 2 Hk) D], out [T, Hq, D]; in the cache's dtype."""
+        cfg, window = self.config, self.config.sliding_windows[layer]
+        rows = qkv.unflatten(-1, (-1, cfg.head_dim))
+        q, k, v = rows.split((cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads), dim=1)
+        if options.norms is not None:
+            q, k = (
+                rms_norm(x, weight, cfg.rms_norm_eps)
+                for x, weight in zip((q, k), options.norms, strict=True)
             )
-        self.lengths[slot] = count
-
-        def attention_of(layer: int) -> Attention:
-            causal = causal_attention(self.config.sliding_windows[layer])
-
-            def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-                self.keys[layer, slot, :count] = k[0]
-                self.values[layer, slot, :count] = v[0]
-                return causal(q, k, v)
-
-            return attend
-
-        return torch.arange(count, device=self.device).unsqueeze(0), attention_of
-
-    def decode(self, slots: Sequence[int]) -> tuple[Tensor, AttentionOf]:
-        """Room for one more token in each of B different slots, whatever their lengths.
-
-        Returns positions [B, 1] and the attention of each layer, which stores k and v [B, 1, Hk, D]
-        and lets the queries see what their own slots hold. Raises RequestError where a slot is
-        full.
-        """
-        if len(set(slots)) != len(slots):
-            raise ValueError(f"slots {list(slots)} repeat: a step adds one token to a sequence")
-        if full := [slot for slot in slots if self.lengths[slot] >= self.max_len]:
-            raise RequestError(f"slot {full[0]} of the KV cache is full ({self.max_len} tokens)")
-        newest = [self.lengths[slot] for slot in slots]
-        for slot in slots:
-            self.lengths[slot] += 1
-        row = torch.tensor(slots, device=self.device)
-        position = torch.tensor(newest, device=self.device)
-        # Layers differ by their window only, so a step needs one span and mask per window.
-        spans = {w: _span(newest, position, w) for w in set(self.config.sliding_windows)}
-        # Neighbouring slots, the usual case, are read in place; others are gathered into a copy.
-        first = slots[0]
-        together = list(slots) == list(range(first, first + len(slots)))
-        rows = slice(first, first + len(slots)) if together else row
-
-        def attention_of(layer: int) -> Attention:
-            span, seen = spans[self.config.sliding_windows[layer]]
-            keys, values = self.keys[layer], self.values[layer]
-
-            def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-                keys[row, position] = k[:, 0]
-                values[row, position] = v[:, 0]
-                return _attend_one(q, keys[rows, span], values[rows, span], seen)
-
-            return attend
-
-        return position.unsqueeze(1), attention_of
+        turn = [table[batch.positions] for table in self.rope]
+        q, k = apply_rope(q, *turn), apply_rope(k, *turn)
+        keys, values = self.keys[layer], self.values[layer]
+        keys.flatten(0, 1)[batch.slots] = k
+        values.flatten(0, 1)[batch.slots] = v
+        n = batch.singles
+        if n:
+            k_seen, v_seen = (x[batch.block_table[:n]].flatten(1, 2) for x in (keys, values))
+            out[:n] = _attend_one(q[:n], k_seen, v_seen, batch.kv_lens[:n], window)
+        start = n
+        for row in range(n, len(batch.lengths)):
+            length, count = batch.lengths[row], batch.chunk_lengths[row]
+            part = slice(start, start + count)
+            pages = batch.block_table[row]
+            k_seen, v_seen = (x[pages].flatten(0, 1)[:length] for x in (keys, values))
+            out[part] = _attend_chunk(q[part], k_seen, v_seen, window)
+            start += count
 
 
-def _span(newest: list[int], position: Tensor, window: int | None) -> tuple[slice, Tensor]:
-    """What sequences with newest positions [B] see: the span of T positions that any of them sees,
-    and in it what each one does, [B, 1, 1, T] bool."""
-    start = 0 if window is None else max(0, min(newest) - window + 1)
-    span = slice(start, max(newest) + 1)
-    t = torch.arange(span.start, span.stop, device=position.device)
-    distance = position[:, None] - t
-    seen = distance >= 0
-    if window is not None:
-        seen &= distance < window
-    return span, seen[:, None, None]
-
-
-def _attend_one(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
-    """One query per sequence: q [B, 1, Hq, D]; k, v [B, T, Hk, D]; seen [B, 1, 1, T] -> as q.
+def _attend_one(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, window: int | None) -> Tensor:
+    """One query a sequence: q [B, Hq, D]; k, v [B, S, Hk, D]; lengths [B] -> [B, Hq, D].
 
     The query heads that share a KV head become rows of one product, so that k and v are read once
-    per KV head and never repeated.
+    per KV head and never repeated. A sequence of length 0 gives what its first token would.
     """
-    grouped = q[:, 0].unflatten(1, (k.shape[2], -1)).transpose(1, 2)  # [B, Hq / Hk, Hk, D]
-    out = scaled_dot_product(grouped, k, v, seen)
-    return out.transpose(1, 2).flatten(1, 2).unsqueeze(1)
+    t = torch.arange(k.shape[1], device=q.device)
+    newest = (lengths - 1).clamp(min=0).unsqueeze(1)
+    seen = t <= newest
+    if window is not None:
+        seen &= t > newest - window
+    grouped = q.unflatten(1, (k.shape[2], -1)).transpose(1, 2)  # [B, Hq / Hk, Hk, D]
+    attended = scaled_dot_product(grouped, k, v, seen[:, None, None])
+    return attended.transpose(1, 2).flatten(1, 2)
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def _attend_chunk(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+    """The last S tokens of one sequence: q [S, Hq, D]; k, v [T, Hk, D] -> [S, Hq, D]."""
+    count, length = len(q), len(k)
+    seen = None
+    if count != length or (window is not None and window < length):
+        distance = torch.arange(length - count, length, device=q.device)[:, None] - torch.arange(
+            length, device=q.device
+        )
+        seen = (distance >= 0) & (distance < (window or length))
+    return scaled_dot_product(q[None], k[None], v[None], seen)[0]
+
+
+def _half_tables(
+    config: DecoderConfig, max_len: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """cos and sin [max_len, D / 2] FP32: channel i turns with i + D / 2."""
+    tables = rotary_table(config, torch.arange(max_len, device=device))
+    cos, sin = (table[:, : config.head_dim // 2].contiguous() for table in tables)
+    return cos, sin
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, size: int) -> Tensor:
     """Zeros, because a masked position still multiplies what memory holds by 0, and 0 NaN = NaN.
 
     On a CPU from calloc: torch.zeros would write every page, also those that are never used.
+    size: bytes of the whole cache, for the error where they are not there.
     """
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    flat = np.zeros(torch.Size(shape).numel() * dtype.itemsize, dtype=np.uint8)
-    return torch.from_numpy(flat).view(dtype).view(shape)
+    try:
+        if device.type != "cpu":
+            return torch.zeros(shape, dtype=dtype, device=device)
+        flat = np.zeros(torch.Size(shape).numel() * dtype.itemsize, dtype=np.uint8)
+        return torch.from_numpy(flat).view(dtype).view(shape)
+    except (RuntimeError, MemoryError, ValueError) as error:  # torch's and numpy's words for it
+        raise RequestError(
+            f"a KV cache of {size / 1e9:,.1f} GB does not fit on {device}; lower max_num_seqs, "
+            "max_model_len or kv_cache_memory_bytes"
+        ) from error

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from quant.checkpoint.reader import load_tokenizer
 from quant.checkpoint.source import read_json, resolve_model
 from quant.device import select_device, select_dtype
 from quant.errors import RequestError
+from quant.memory import available_bytes
+from quant.runtime.batch import pages_needed
 from quant.runtime.detokenizer import TextStream
-from quant.runtime.kv_cache import KVCache
-from quant.runtime.model import load_decoder
+from quant.runtime.graphs import DecodeGraphs
+from quant.runtime.model import load_model
 from quant.runtime.sampling import Logprob, SamplingParams
 from quant.runtime.scheduler import Request, Scheduler
+from quant_kernels.packing import KV_PAGE
 
 DEFAULT_MODEL_LEN = 4096  # a cache for every position of a 128k model would not fit most machines
+# Of the memory that is free when the model is loaded, what the cache takes at most; a step's
+# activations need the rest.
+CACHE_SHARE = {"cuda": 0.85, "cpu": 0.5}
 
 PROMPT_CONTEXT = 4  # tokens: whole characters, wherever a prompt of text is cut
 
@@ -80,8 +89,11 @@ class LLM:
 
     model: an HF directory, dense or quantized, a .gguf file, or a hub id. max_model_len: tokens of
     prompt and output together; None is what the model takes, at most 4096. max_num_seqs: sequences
-    that run at the same time; others wait. dtype: of what is not packed, and of the KV cache
-    ("auto": as stored). device: "auto" takes a GPU where there is one.
+    that run at the same time; others wait. max_num_batched_tokens: of a step; longer prompts come
+    in chunks. kv_cache_memory_bytes: of the KV cache; None is what max_num_seqs sequences of
+    max_model_len take, as far as there is room. dtype: of what is not packed, and of the KV cache
+    where the checkpoint has no format for it ("auto": as stored). device: "auto" takes a GPU where
+    there is one. enforce_eager: no CUDA graphs.
 
     Raises RequestError where the model does not run here.
     """
@@ -91,21 +103,28 @@ class LLM:
         model: str | Path,
         *,
         max_model_len: int | None = None,
-        max_num_seqs: int = 8,
+        max_num_seqs: int = 32,
+        max_num_batched_tokens: int = 2048,
+        kv_cache_memory_bytes: int | None = None,
         dtype: str = "auto",
         device: str = "auto",
+        enforce_eager: bool = False,
         trust_remote_code: bool = False,
         revision: str | None = None,
     ) -> None:
         if max_num_seqs < 1:
             raise RequestError(f"max_num_seqs is {max_num_seqs}; it must be at least 1")
+        if max_num_batched_tokens < max_num_seqs:
+            raise RequestError(
+                f"max_num_batched_tokens is {max_num_batched_tokens}; it must be at least "
+                f"max_num_seqs, {max_num_seqs}, so that every sequence gets a token in each step"
+            )
         target, kind = select_device(device), select_dtype(dtype)
         directory = resolve_model(
             str(model), revision=revision, trust_remote_code=trust_remote_code
         )
         self.tokenizer = load_tokenizer(directory, trust_remote_code)
-        self.eos_token_ids = end_of_sequence_ids(directory, self.tokenizer)
-        self.model = load_decoder(
+        self.model = load_model(
             directory, device=target, dtype=kind, trust_remote_code=trust_remote_code
         )
         longest = self.model.config.max_position_embeddings
@@ -116,8 +135,39 @@ class LLM:
                 f"max_model_len is {max_model_len}; this model allows 2 to {longest}"
             )
         self.max_model_len = max_model_len
-        self.cache = KVCache(
-            self.model.config, max_num_seqs, max_model_len, dtype=self.model.dtype, device=target
+        pages = cache_pages(
+            self.model.bytes_per_token,
+            max_num_seqs,
+            max_model_len,
+            target,
+            kv_cache_memory_bytes,
+        )
+        self.cache = self.model.new_cache(pages, max_model_len)
+        graphs = None
+        if target.type == "cuda" and not enforce_eager:
+            graphs = DecodeGraphs(self.model, self.cache, max_model_len)
+        self.scheduler = Scheduler(
+            self.model,
+            self.cache,
+            end_of_sequence_ids(directory, self.tokenizer),
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+            max_num_batched_tokens=max_num_batched_tokens,
+            graphs=graphs,
+        )
+        # Of the streams that are being read: what was computed and not yet taken.
+        self._outboxes: dict[Request, deque[StreamOutput]] = {}
+        self._texts: dict[Request, TextStream] = {}
+
+    @property
+    def kv_cache(self) -> str:
+        """The KV cache, for people: its format, bytes per token, and room."""
+        kind = self.model.kv.label if self.model.kv else str(self.model.dtype).split(".")[-1]
+        per_token, tokens = self.model.bytes_per_token, self.cache.pool.count * KV_PAGE
+        size = per_token * tokens / 1e6
+        return (
+            f"KV cache: {kind}, {per_token / 1e3:.1f} kB a token, "
+            f"room for {tokens:,} tokens ({size:,.1f} MB)"
         )
 
     def generate(
@@ -161,8 +211,8 @@ class LLM:
         """One completion, token by token; the texts, put together, are what `generate` gives.
 
         prompt: as for `generate`, or the messages of a conversation as for `chat`. Raises
-        RequestError as those do, at the call. The stream holds a slot of the cache from its first
-        token until it ends or is closed.
+        RequestError as those do, at the call. From its first token until it ends or is closed, the
+        stream runs beside whatever else this LLM computes, also while it is not read.
         """
         is_chat = isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], dict)
         content = self._render(prompt) if is_chat else prompt
@@ -218,32 +268,82 @@ class LLM:
         rows = zip(texts, encoded, sampling_params, strict=True)
         return [Request(text, ids, params, params.generator()) for text, ids, params in rows]
 
-    def _text_stream(self, request: Request) -> TextStream:
+    def _start(self, request: Request) -> None:
         context = request.prompt_token_ids[-PROMPT_CONTEXT:]
-        return TextStream(self.tokenizer, request.params.stop_strings, context)
+        self._texts[request] = TextStream(self.tokenizer, request.params.stop_strings, context)
+        self.scheduler.add(request)
+
+    def _end(self, request: Request) -> str:
+        """Forget a request, and abort it where it is unfinished; its text."""
+        if request.finish_reason is None:
+            self.scheduler.finish(request, "abort")
+        return self._texts.pop(request).text
+
+    def _step(self) -> None:
+        """One step for all that runs, whoever waits for it."""
+        try:
+            ready = self.scheduler.step()
+        except BaseException:
+            self.scheduler.close()  # the cache may be half written
+            raise
+        for request in ready:
+            text = self._texts[request]
+            _add_text(self.scheduler, request, text)
+            if request in self._outboxes:
+                delta = text.take()
+                piece = StreamOutput(delta, request.token_ids[-1], _output(request, text.taken))
+                self._outboxes[request].append(piece)
 
     def _run(self, requests: list[Request]) -> list[RequestOutput]:
-        texts = {request: self._text_stream(request) for request in requests}
-        scheduler = Scheduler(self.model, self.cache, self.eos_token_ids, requests)
         try:
-            while scheduler.unfinished:
-                for request in scheduler.step():
-                    _add_text(scheduler, request, texts[request])
+            for request in requests:
+                self._start(request)
+            while any(request.finish_reason is None for request in requests):
+                self._step()
         finally:
-            scheduler.close()
-        return [_output(request, texts[request].text) for request in requests]
+            texts = [self._end(request) for request in requests if request in self._texts]
+        return [_output(request, text) for request, text in zip(requests, texts, strict=True)]
 
     def _stream(self, request: Request) -> Iterator[StreamOutput]:
-        text = self._text_stream(request)
-        scheduler = Scheduler(self.model, self.cache, self.eos_token_ids, [request])
+        outbox = self._outboxes[request] = deque()
         try:
-            while scheduler.unfinished:
-                scheduler.step()
-                _add_text(scheduler, request, text)
-                delta = text.take()
-                yield StreamOutput(delta, request.token_ids[-1], _output(request, text.taken))
+            self._start(request)
+            while outbox or request.finish_reason is None:
+                if outbox:
+                    yield outbox.popleft()
+                else:
+                    self._step()
         finally:
-            scheduler.close()
+            del self._outboxes[request]
+            self._end(request)
+
+
+def cache_pages(
+    bytes_per_token: int,
+    max_num_seqs: int,
+    max_model_len: int,
+    device: torch.device,
+    budget: int | None,
+) -> int:
+    """How many pages the KV cache gets: what its sequences can fill, as far as there is room.
+
+    budget: bytes; None: a share of what the device has free. Raises RequestError where not even
+    one sequence of max_model_len tokens fits.
+    """
+    given = budget is not None
+    if budget is None:
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
+        budget = int(free * CACHE_SHARE[device.type])
+    one = pages_needed(max_model_len)
+    pages = min(budget // (bytes_per_token * KV_PAGE), max_num_seqs * one)
+    if pages < one:
+        size = one * KV_PAGE * bytes_per_token
+        found = "kv_cache_memory_bytes is" if given else f"{device} has room for"
+        raise RequestError(
+            f"one sequence of {max_model_len:,} tokens takes {size / 1e6:,.1f} MB of KV cache, and "
+            f"{found} {budget / 1e6:,.1f} MB; lower max_model_len"
+        )
+    return pages
 
 
 def _add_text(scheduler: Scheduler, request: Request, text: TextStream) -> None:

@@ -1,77 +1,162 @@
-"""The decoder, loaded from a checkpoint: dense, or packed 4-bit weights as stored."""
+"""The decoder on fused ops: one step for the new tokens of many sequences at once.
+
+    h = embedding[tokens]                                                [T, H]
+    in every block:
+      x = quantize(norm(h))                    rms_norm_quantize
+      z = x Wqkv^T + b                         gemm
+      a = attention(rope(z)), into the cache   rope_append, decode_attention, prefill_attention
+      h = h + quantize(a) Wo^T                 quantize_activation, gemm with residual
+      x = quantize(norm(h))                    rms_norm_quantize
+      g = silu(x Wgate^T) * x Wup^T            gemm with silu_mul
+      h = h + quantize(g) Wdown^T              quantize_activation, gemm with residual
+
+Linears of one input are one weight, in the layout of the backend that multiplies it. Where a
+checkpoint leaves some of them in 16 bits, those see the input before it is quantized, as in
+`quant/decoder.py`, which defines what all of this computes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quant.architectures import (
-    EMBEDDING,
-    FINAL_NORM,
-    LINEARS,
-    LM_HEAD,
-    DecoderConfig,
-    block_prefix,
-)
-from quant.checkpoint.compressed_tensors import (
-    is_ignored,
-    packed_shapes,
-    parse_quantization_config,
-)
-from quant.checkpoint.reader import CheckpointReader
-from quant.checkpoint.side import read_side
-from quant.decoder import (
-    Attention,
-    KeyTransform,
-    Linear,
-    block_forward,
-    causal_attention,
-    quantized_attention,
-    rms_norm,
-    rotary_table,
-)
-from quant.errors import RequestError
-from quant_kernels.formats import WeightFormat, on_grid
+from quant.architectures import SITES, DecoderConfig
+from quant.checkpoint.loading import DecoderSource
+from quant.decoder import Block, Linear
+from quant.runtime.batch import Batch, Chunk, in_order, make_batch, pages_needed
+from quant.runtime.kv_cache import DenseCache, HeadOptions, Int4Cache
+from quant_kernels import ops
+from quant_kernels.formats import WeightFormat
 from quant_kernels.kv4 import KVFormat
 from quant_kernels.packing import PackedWeight
+from quant_kernels.reference import rms_norm, silu_mul
 
-# layer -> how its queries meet keys and values: over the sequence itself, or over a cache
-AttentionOf = Callable[[int], Attention]
-
-
-@dataclass(frozen=True)
-class Block:
-    """One decoder block: norm weights and linears by their names inside the block.
-
-    keys: what is done to keys and queries after RoPE, so that keys lose less in a quantized cache.
-    """
-
-    norms: Mapping[str, Tensor]
-    linears: Mapping[str, Linear]
-    keys: KeyTransform | None = None
+Cache = Int4Cache | DenseCache
+CODES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 
 
 @dataclass(frozen=True)
-class Decoder:
-    """A loaded model: embedding [V, H], blocks, final norm [H], lm_head [V, H] (maybe tied).
+class Activation:
+    """A site's input [T, K]: x where a dense part needs it, codes and scales where a packed one
+    does."""
 
-    fmt: the weight format of its packed linears; None for a dense checkpoint. kv: what keys and
-    values are rounded to; None: they stay as computed. A cache still stores them in the model's
-    dtype, after rounding: the numbers are those of the quantized cache, the memory is not.
-    """
+    x: Tensor | None
+    quantized: tuple[Tensor, Tensor] | None
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of a projection: weight [N, K], packed in a backend's layout or dense; bias [N]."""
+
+    weight: ops.Weight | Tensor
+    bias: Tensor | None
+    rows: int
+
+    def multiply(
+        self, given: Activation, out: Tensor, workspace: Tensor | None, **fused: Any
+    ) -> None:
+        """The product into out [T, N]; fused: of `ops.gemm`, for a packed part."""
+        if isinstance(self.weight, Tensor):
+            assert given.x is not None
+            out.copy_(F.linear(given.x, self.weight, self.bias))
+        else:
+            assert given.quantized is not None
+            options = {"bias": self.bias, "workspace": workspace, **fused}
+            ops.gemm(*given.quantized, self.weight, out, **options)
+
+
+@dataclass(frozen=True)
+class Projection:
+    """The linears of one site, [N, K] in all. kind: of its packed parts' activations, or None."""
+
+    parts: tuple[Part, ...]
+    kind: str | None
+    columns: int
+
+    @property
+    def rows(self) -> int:
+        return sum(part.rows for part in self.parts)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether any part is."""
+        return any(isinstance(part.weight, Tensor) for part in self.parts)
+
+    def quantize(self, x: Tensor) -> Activation:
+        """x [T, K] as the parts take it."""
+        quantized = self._codes(x)
+        if quantized is not None:
+            ops.quantize_activation(x, *quantized)
+        return Activation(x if self.is_dense else None, quantized)
+
+    def norm_quantize(self, hidden: Tensor, weight: Tensor, eps: float) -> Activation:
+        """RMSNorm of hidden [T, K], as the parts take it."""
+        quantized = None if self.is_dense else self._codes(hidden)
+        if quantized is None:
+            return self.quantize(rms_norm(hidden, weight, eps))
+        ops.rms_norm_quantize(hidden, weight, eps, *quantized)
+        return Activation(None, quantized)
+
+    def forward(self, given: Activation, like: Tensor, workspace: Tensor | None) -> Tensor:
+        """[T, N], of like's dtype."""
+        out = like.new_empty(len(like), self.rows)
+        start = 0
+        for part in self.parts:
+            part.multiply(given, out[:, start : start + part.rows], workspace)
+            start += part.rows
+        return out
+
+    def add_to(self, hidden: Tensor, given: Activation, workspace: Tensor | None) -> None:
+        """hidden [T, N] += the product."""
+        if self.is_dense:
+            hidden += self.forward(given, hidden, workspace)
+        else:
+            self.parts[0].multiply(given, hidden, workspace, residual=hidden)
+
+    def silu_mul(self, given: Activation, like: Tensor, workspace: Tensor | None) -> Tensor:
+        """The first half of the rows is the gate, the second up: [T, N / 2]."""
+        if self.is_dense:
+            return silu_mul(self.forward(given, like, workspace))
+        out = like.new_empty(len(like), self.rows // 2)
+        self.parts[0].multiply(given, out, workspace, silu_mul=True)
+        return out
+
+    def _codes(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Room for the codes and scales of x [T, K]."""
+        if self.kind is None:
+            return None
+        codes = torch.empty(x.shape, dtype=CODES[self.kind], device=x.device)
+        return codes, torch.empty(len(x), 1, device=x.device)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A block, ready to run: norm weights [H], a projection per site, options of its heads."""
+
+    norms: tuple[Tensor, Tensor]
+    projections: dict[str, Projection]
+    heads: HeadOptions
+
+
+@dataclass(frozen=True)
+class Model:
+    """A decoder on a device. kv: how keys and values are stored; None: in the model's dtype."""
 
     config: DecoderConfig
     fmt: WeightFormat | None
+    kv: KVFormat | None
     embedding: Tensor
-    blocks: tuple[Block, ...]
+    layers: tuple[Layer, ...]
     norm: Tensor
     lm_head: Tensor
-    kv: KVFormat | None = None
 
     @property
     def device(self) -> torch.device:
@@ -81,111 +166,183 @@ class Decoder:
     def dtype(self) -> torch.dtype:
         return self.embedding.dtype
 
-    def hidden_states(
-        self, tokens: Tensor, positions: Tensor, attention_of: AttentionOf | None = None
-    ) -> Tensor:
-        """tokens and positions [B, S] int -> the last block's output after the norm, [B, S, H].
+    def new_cache(self, pages: int, max_len: int) -> Cache:
+        """A cache of that many pages, for sequences of up to max_len tokens."""
+        if self.kv is None:
+            return DenseCache(self.config, pages, self.dtype, max_len=max_len, device=self.device)
+        return Int4Cache(self.config, pages, self.kv, max_len=max_len, device=self.device)
 
-        attention_of: per layer; the default is causal attention inside the B sequences. Either
-        sees queries and keys with the key transform applied, and all rounded as `kv` says.
-        """
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of one token of one sequence in a cache."""
+        if self.kv is None:
+            return DenseCache.bytes_per_token(self.config, self.dtype)
+        return Int4Cache.bytes_per_token(self.config)
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch, cache: Cache) -> Tensor:
+        """The last block's output [T, H]; stores the batch's keys and values in the cache."""
         cfg = self.config
-        rope = rotary_table(cfg, positions)
-        hidden = self.embedding[tokens]
-        for layer, block in enumerate(self.blocks):
-            attend = (
-                attention_of(layer)
-                if attention_of is not None
-                else causal_attention(cfg.sliding_windows[layer])
-            )
-            if self.kv is not None or block.keys is not None:
-                attend = quantized_attention(attend, self.kv, block.keys)
-            hidden = block_forward(cfg, block.norms, block.linears, hidden, rope, attend)
-        return rms_norm(hidden, self.norm, cfg.rms_norm_eps)
+        hidden = F.embedding(batch.tokens, self.embedding)
+        workspace = self._workspace(len(batch.tokens), batch.singles)
+        for index, layer in enumerate(self.layers):
+            qkv, o, gate_up, down = (layer.projections[site] for site in SITES)
+            x = qkv.norm_quantize(hidden, layer.norms[0], cfg.rms_norm_eps)
+            rows = qkv.forward(x, hidden, workspace)
+            attended = rows.new_empty(len(rows), cfg.num_heads, cfg.head_dim)
+            cache.attend(index, rows, batch, layer.heads, attended, workspace)
+            o.add_to(hidden, o.quantize(attended.flatten(1)), workspace)
+            x = gate_up.norm_quantize(hidden, layer.norms[1], cfg.rms_norm_eps)
+            gated = gate_up.silu_mul(x, hidden, workspace)
+            down.add_to(hidden, down.quantize(gated), workspace)
+        return hidden
 
+    @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [..., H] -> logits [..., V], in the model's dtype."""
-        return F.linear(hidden, self.lm_head)
+        """The last block's output [R, H] -> logits [R, V], in the model's dtype."""
+        return F.linear(rms_norm(hidden, self.norm, self.config.rms_norm_eps), self.lm_head)
+
+    def next_logits(self, batch: Batch, cache: Cache) -> Tensor:
+        """Of the tokens whose logits the batch wants, [R, V]."""
+        return self.logits(self.forward(batch, cache)[batch.logit_rows])
+
+    def hidden_states(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+        """The last block's output for every token of whole sequences, [S, H] each.
+
+        One packed prefill over a cache of its own: for evaluation.
+        """
+        counts = [pages_needed(len(tokens)) for tokens in sequences]
+        firsts = itertools.accumulate(counts, initial=0)
+        chunks = [
+            Chunk(tokens, 0, range(first, first + count))
+            for tokens, first, count in zip(sequences, firsts, counts, strict=False)
+        ]
+        order = in_order(chunks)
+        cache = self.new_cache(sum(counts), max(map(len, sequences)))
+        batch = make_batch([chunks[i] for i in order], self.device)
+        parts = self.forward(batch, cache).split(list(batch.chunk_lengths))
+        return [part for _, part in sorted(zip(order, parts, strict=True), key=lambda p: p[0])]
+
+    @functools.cached_property
+    def _gemms(self) -> tuple[tuple[int, int], ...]:
+        shapes = {
+            (part.rows, projection.columns)
+            for layer in self.layers
+            for projection in layer.projections.values()
+            for part in projection.parts
+            if not isinstance(part.weight, Tensor)
+        }
+        return tuple(sorted(shapes))
+
+    def _workspace(self, tokens: int, singles: int) -> Tensor | None:
+        """For the ops of one step, which run one after the other."""
+        size = _workspace_bytes(
+            self.device,
+            self._gemms,
+            tokens,
+            (singles, self.config.num_heads, self.config.num_kv_heads, self.config.head_dim)
+            if singles and self.kv is not None
+            else None,
+        )
+        return torch.empty(size, dtype=torch.uint8, device=self.device) if size else None
 
 
-def load_decoder(
+@functools.lru_cache(maxsize=4096)
+def _workspace_bytes(
+    device: torch.device,
+    gemms: tuple[tuple[int, int], ...],
+    tokens: int,
+    attention: tuple[int, int, int, int] | None,
+) -> int:
+    if not gemms and attention is None:
+        return 0
+    return ops.workspace_bytes(device, gemms=gemms, max_tokens=tokens, attention=attention)
+
+
+def load_model(
     directory: Path,
     *,
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
-) -> Decoder:
-    """Load a checkpoint directory, dense or compressed-tensors `pack-quantized`.
+) -> Model:
+    """Load a checkpoint directory onto a device, block by block: one copy at the peak.
 
-    dtype: of activations and of what is not packed; None takes the embedding's. Raises RequestError
-    where the checkpoint is not one that runs here.
+    Arguments and errors are those of `DecoderSource`.
     """
-    reader = CheckpointReader(directory, trust_remote_code=trust_remote_code)
-    device = device or torch.device("cpu")
-    fmt = parse_quantization_config(directory, reader.raw_config)
-    ignore = (reader.raw_config.get("quantization_config") or {}).get("ignore") or []
-    cfg = reader.config
-    side = read_side(directory, cfg)
-    keys = [transform.to(device) for transform in side.keys]
-    reader.check_shapes(cfg.outer_shapes())
-    reader.check_tied()
-    embedding = reader.read(f"{EMBEDDING}.weight", dtype).to(device)
-    dtype = embedding.dtype
-
-    def read(name: str) -> Tensor:
-        return reader.read(name, dtype).to(device)
-
-    blocks = []
-    for layer in range(cfg.num_layers):
-        prefix = block_prefix(layer)
-        shapes = cfg.block_shapes()
-        reader.check_shapes({prefix + n: s for n, s in shapes.items() if n.endswith(".bias")})
-        linears = {}
-        for name in LINEARS:
-            weight: Tensor | PackedWeight
-            if fmt is None or is_ignored(prefix + name, ignore):
-                reader.check_shapes({f"{prefix}{name}.weight": shapes[f"{name}.weight"]})
-                weight = read(f"{prefix}{name}.weight")
-            else:
-                weight = _read_packed(reader, prefix + name, cfg.linear_shape(name), fmt, device)
-            bias = read(f"{prefix}{name}.bias") if cfg.has_bias(name) else None
-            linears[name] = Linear(weight, bias)
-        norms = {name: shape for name, shape in shapes.items() if "norm" in name}
-        reader.check_shapes({prefix + name: shape for name, shape in norms.items()})
-        blocks.append(
-            Block({n: read(prefix + n) for n in norms}, linears, keys[layer] if keys else None)
-        )
-    return Decoder(
-        config=cfg,
-        fmt=fmt,
-        embedding=embedding,
-        blocks=tuple(blocks),
-        norm=read(f"{FINAL_NORM}.weight"),
-        lm_head=embedding if cfg.tie_word_embeddings else read(f"{LM_HEAD}.weight"),
-        kv=side.kv,
+    source = DecoderSource(
+        directory, device=device, dtype=dtype, trust_remote_code=trust_remote_code
+    )
+    return Model(
+        config=source.config,
+        fmt=source.fmt,
+        kv=source.kv,
+        embedding=source.embedding,
+        layers=tuple(map(make_layer, source.blocks())),
+        norm=source.norm(),
+        lm_head=source.lm_head(),
     )
 
 
-def _read_packed(
-    reader: CheckpointReader,
-    name: str,
-    shape: tuple[int, int],
-    fmt: WeightFormat,
-    device: torch.device,
-) -> PackedWeight:
-    fmt.check(*shape, name)
-    reader.check_shapes(packed_shapes(name, shape, fmt))
-    for suffix in ("weight_g_idx", "weight_zero_point"):
-        if f"{name}.{suffix}" in reader.names:
-            raise RequestError(f"{name}.{suffix}: this layout of 4-bit weights is not supported")
-    words = reader.read(f"{name}.weight_packed")
-    scales = reader.read(f"{name}.weight_scale")
-    if words.dtype != torch.int32:
-        raise RequestError(f"{name}.weight_packed is {words.dtype}; expected torch.int32")
-    if not on_grid(scales, fmt):
-        raise RequestError(
-            f"{name}.weight_scale: the scales are not on the grid of {fmt.scheme} "
-            f"({fmt.numerics}, group size {fmt.group_size}), so this kernel would multiply other "
-            "weights than the file says; quantize the original checkpoint with `quantize run`"
-        )
-    return PackedWeight(words.to(device), scales.to(device), fmt)
+def make_layer(block: Block) -> Layer:
+    """A block's linears side by side, site by site, in the layout of the backend that runs them."""
+    norms = block.norms
+    q_norm, k_norm = (norms.get(f"self_attn.{name}.weight") for name in ("q_norm", "k_norm"))
+    return Layer(
+        norms=(norms["input_layernorm.weight"], norms["post_attention_layernorm.weight"]),
+        projections={
+            site: make_projection([block.linears[name] for name in names])
+            for site, names in SITES.items()
+        },
+        heads=HeadOptions(
+            None if q_norm is None or k_norm is None else (q_norm, k_norm), block.keys
+        ),
+    )
+
+
+def make_projection(linears: Sequence[Linear]) -> Projection:
+    """Linears of one input; neighbours that both are packed, or both dense, become one part."""
+    parts, kind = [], None
+    for packed, group in itertools.groupby(linears, _is_packed):
+        run = list(group)
+        bias = _join_biases(run)
+        rows = sum(_rows(linear) for linear in run)
+        weights = [linear.weight for linear in run]
+        if packed:
+            first = weights[0]
+            assert isinstance(first, PackedWeight)
+            kind = first.fmt.activation
+            joined = PackedWeight(
+                _join(weights, lambda w: w.words), _join(weights, lambda w: w.scales), first.fmt
+            )
+            parts.append(Part(ops.prepare(joined), bias, rows))
+        else:
+            parts.append(Part(_join(weights, lambda w: w), bias, rows))
+    first = linears[0].weight
+    columns = first.words.shape[1] * 8 if isinstance(first, PackedWeight) else first.shape[1]
+    return Projection(tuple(parts), kind, columns)
+
+
+def _is_packed(linear: Linear) -> bool:
+    return isinstance(linear.weight, PackedWeight)
+
+
+def _rows(linear: Linear) -> int:
+    return len(linear.weight.words if isinstance(linear.weight, PackedWeight) else linear.weight)
+
+
+def _join(weights: Sequence[object], of: Callable[..., Tensor]) -> Tensor:
+    """One below the other; a single one is not copied."""
+    parts = [of(weight) for weight in weights]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _join_biases(linears: Sequence[Linear]) -> Tensor | None:
+    """[N], zeros where some have none; None where all have none."""
+    found = next((linear.bias for linear in linears if linear.bias is not None), None)
+    if found is None:
+        return None
+    biases = [
+        found.new_zeros(_rows(linear)) if linear.bias is None else linear.bias for linear in linears
+    ]
+    return torch.cat(biases)

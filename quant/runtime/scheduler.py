@@ -1,21 +1,26 @@
-"""Which sequence computes next: a waiting queue, the cache's slots, one step at a time.
+"""Which tokens the next step computes: continuous batching with chunked prefill.
 
-A step is either the prefill of one waiting sequence, where a slot is free, or the decode of all
-running sequences together. A sequence that ends frees its slot before the next step.
+A step takes at most max_num_batched_tokens tokens: first the one new token of every sequence that
+decodes, so that none of them ever waits, then prompts in the order of their arrival, the last of
+them as far as the room allows (SARATHI: long prompts come in chunks that share steps with decodes).
+A waiting request is admitted when a place among max_num_seqs and its pages are free: those of its
+prompt and of all it may generate. So what runs always runs to its end, and a sequence that ends
+frees its pages before the next step.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from quant.errors import RequestError
-from quant.runtime.kv_cache import KVCache
-from quant.runtime.model import AttentionOf, Decoder
+from quant.runtime.batch import Batch, Chunk, in_order, make_batch, pages_needed
+from quant.runtime.graphs import DecodeGraphs
+from quant.runtime.model import Cache, Model
 from quant.runtime.sampling import Logprob, SamplingParams, penalized, sample, token_logprobs
 
 
@@ -29,84 +34,137 @@ class Request:
     generator: torch.Generator
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)  # a token each, where asked
-    finish_reason: str | None = None  # "stop" or "length" once finished
-    slot: int | None = None  # while running
+    finish_reason: str | None = None  # "stop", "length" or "abort" once finished
+    computed: int = 0  # tokens whose keys and values the cache holds
+    pages: list[int] = field(default_factory=list)  # while running
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt_token_ids) + len(self.token_ids)
+
+    @property
+    def remaining(self) -> int:
+        """Tokens to compute before the next one can be chosen; 1 while decoding."""
+        return self.length - self.computed
+
+    def tokens(self, start: int, stop: int) -> list[int]:
+        """Of prompt and output together."""
+        split = len(self.prompt_token_ids)
+        if start >= split:
+            return self.token_ids[start - split : stop - split]
+        return self.prompt_token_ids[start:stop] + self.token_ids[: max(0, stop - split)]
 
 
 class Scheduler:
-    """Runs requests to their ends over the slots of a cache, which other schedulers may share."""
+    """Runs requests to their ends, over a model and a cache that it alone uses."""
 
     def __init__(
         self,
-        model: Decoder,
-        cache: KVCache,
+        model: Model,
+        cache: Cache,
         eos_token_ids: frozenset[int],
-        requests: Iterable[Request],
+        *,
+        max_num_seqs: int,
+        max_model_len: int,
+        max_num_batched_tokens: int,
+        graphs: DecodeGraphs | None = None,
     ) -> None:
-        self.model = model
-        self.cache = cache
-        self.eos_token_ids = eos_token_ids
-        self.waiting = deque(requests)
+        self.model, self.cache, self.eos_token_ids = model, cache, eos_token_ids
+        self.max_num_seqs, self.max_model_len = max_num_seqs, max_model_len
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.graphs = graphs
+        self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
 
-    @property
-    def unfinished(self) -> bool:
-        return bool(self.waiting or self.running)
+    def add(self, request: Request) -> None:
+        """Let a request wait for its turn; RequestError where the cache can never hold it."""
+        needed, there = self._pages(request), self.cache.pool.count
+        if needed > there:
+            raise RequestError(
+                f"a prompt of {len(request.prompt_token_ids)} tokens and up to "
+                f"{request.params.max_tokens} of output take {needed} pages of the KV cache, which "
+                f"has {there}; lower max_tokens, or raise kv_cache_memory_bytes"
+            )
+        self.waiting.append(request)
 
     @torch.inference_mode()
     def step(self) -> list[Request]:
-        """Give one more token to one or several unfinished requests, and return those.
+        """Compute once; the requests that got one more token, in no certain order.
 
-        Raises RequestError where no slot is free and none of this scheduler's own will become so.
+        An empty list with requests unfinished means that prompts have become shorter.
         """
-        slot = self.cache.allocate() if self.waiting else None
-        if slot is not None:
-            return self._prefill(slot)
-        if not self.running:
-            raise RequestError(
-                f"all {len(self.cache.lengths)} slots of the KV cache are held by streams that "
-                "have not ended; read or close one, or raise max_num_seqs"
+        self._admit()
+        planned = self._plan()
+        if not planned:
+            return []
+        chunks = [
+            Chunk(
+                request.tokens(request.computed, request.computed + count),
+                request.computed,
+                request.pages,
+                wants_logits=count == request.remaining,
             )
-        return self._decode()
+            for request, count in planned
+        ]
+        order = in_order(chunks)
+        batch = make_batch([chunks[i] for i in order], self.model.device)
+        logits = self._logits(batch)
+        for request, count in planned:
+            request.computed += count
+        ready = [planned[i][0] for i in order if chunks[i].wants_logits]
+        if ready:
+            self._choose(ready, logits)
+        return ready
 
     def finish(self, request: Request, reason: str) -> None:
-        """End a request, also one that has just ended for another reason."""
+        """End a request, also one that waits, or has just ended for another reason."""
         request.finish_reason = reason
-        if request.slot is not None:
-            self.cache.free(request.slot)
-            request.slot = None
+        if request in self.running:
             self.running.remove(request)
+            self.cache.pool.free(request.pages)
+            request.pages = []
+        elif request in self.waiting:
+            self.waiting.remove(request)
 
     def close(self) -> None:
-        """Give up what is unfinished, so that its slots are free."""
-        self.waiting.clear()
-        for request in list(self.running):
+        """Abort everything that is unfinished, so that its room is free."""
+        for request in [*self.waiting, *self.running]:
             self.finish(request, "abort")
 
-    def _prefill(self, slot: int) -> list[Request]:
-        request = self.waiting.popleft()
-        request.slot = slot
-        self.running.append(request)
-        step = self.cache.prefill(slot, len(request.prompt_token_ids))
-        return self._forward([request], [request.prompt_token_ids], *step)
+    def _pages(self, request: Request) -> int:
+        """Of the longest that the request may become; its last token is never stored."""
+        longest = len(request.prompt_token_ids) + request.params.max_tokens
+        return pages_needed(min(longest, self.max_model_len) - 1)
 
-    def _decode(self) -> list[Request]:
-        # In the order of their slots, which then lie side by side as often as they can.
-        requests = sorted(self.running, key=_slot)
-        step = self.cache.decode([_slot(request) for request in requests])
-        return self._forward(requests, [request.token_ids[-1:] for request in requests], *step)
+    def _admit(self) -> None:
+        while self.waiting and len(self.running) < self.max_num_seqs:
+            pages = self.cache.pool.allocate(self._pages(self.waiting[0]))
+            if pages is None:
+                return
+            request = self.waiting.popleft()
+            request.pages = pages
+            self.running.append(request)
 
-    def _forward(
-        self,
-        requests: list[Request],
-        token_ids: Sequence[Sequence[int]],
-        positions: Tensor,
-        attention_of: AttentionOf,
-    ) -> list[Request]:
-        """token_ids [B, S] of B requests -> one more token each."""
-        tokens = torch.tensor(token_ids, device=self.model.device)
-        hidden = self.model.hidden_states(tokens, positions, attention_of)
-        logits = self.model.logits(hidden[:, -1])
+    def _plan(self) -> list[tuple[Request, int]]:
+        """Requests and how many tokens of each: decodes first, then prompts as they came."""
+        room = self.max_num_batched_tokens
+        planned = []
+        for request in sorted(self.running, key=lambda request: request.remaining > 1):
+            count = min(request.remaining, room)
+            if count:
+                planned.append((request, count))
+                room -= count
+        return planned
+
+    def _logits(self, batch: Batch) -> Tensor:
+        """[R, V], of the tokens whose logits the batch wants."""
+        if self.graphs is not None and self.graphs.takes(batch):
+            return self.graphs.next_logits(batch)
+        hidden = self.model.forward(batch, self.cache)
+        return self.model.logits(hidden[batch.logit_rows])
+
+    def _choose(self, requests: Sequence[Request], logits: Tensor) -> None:
+        """A token for each of R requests, from logits [R, V]."""
         params = [request.params for request in requests]
         seen = [request.prompt_token_ids + request.token_ids for request in requests]
         changed = penalized(logits, params, seen)
@@ -118,19 +176,12 @@ class Scheduler:
                 request.logprobs.append(found)
             if reason := self._ending(request, token):
                 self.finish(request, reason)
-        return requests
 
     def _ending(self, request: Request, token: int) -> str | None:
         params = request.params
         stops = token in (params.stop_token_ids or ())
         if stops or (token in self.eos_token_ids and not params.ignore_eos):
             return "stop"
-        length = len(request.prompt_token_ids) + len(request.token_ids)
-        if len(request.token_ids) >= params.max_tokens or length >= self.cache.max_len:
+        if len(request.token_ids) >= params.max_tokens or request.length >= self.max_model_len:
             return "length"
         return None
-
-
-def _slot(request: Request) -> int:
-    assert request.slot is not None  # it runs
-    return request.slot

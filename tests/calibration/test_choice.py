@@ -19,12 +19,12 @@ from quant.calibration.pipeline import BlockPipeline
 from quant.calibration.plan import make_plan
 from quant.calibration.quantize import plan, quantize
 from quant.calibration.rotation import make_rotation
+from quant.checkpoint.loading import load_decoder
 from quant.checkpoint.reader import CheckpointReader, load_tokenizer
 from quant.decoder import block_forward, causal_attention, rotary_table
 from quant.errors import RequestError, WorkFailed
 from quant.passes import RotatePass
 from quant.recipe import Recipe, parse_recipe
-from quant.runtime.model import load_decoder
 
 CPU = torch.device("cpu")
 PASSES = {

@@ -9,9 +9,9 @@ from quant.calibration.data import calibration_windows, load_tokens
 from quant.calibration.feedback import UnquantizedStream, corrected
 from quant.calibration.hessian import InputHessian
 from quant.calibration.quantize import quantize
+from quant.checkpoint.loading import load_decoder
 from quant.checkpoint.reader import load_tokenizer
 from quant.decoder import block_forward, causal_attention, rotary_table
-from quant.runtime.model import load_decoder
 
 CPU = torch.device("cpu")
 

@@ -25,9 +25,9 @@ from quant.calibration.rope import (
     turned_moments,
     turned_pairs,
 )
+from quant.checkpoint.loading import load_decoder
 from quant.decoder import KeyTransform, apply_rope, rotary_table
 from quant.errors import WorkFailed
-from quant.runtime.model import load_decoder
 from quant_kernels.kv4 import KVFormat, dequantize_kv, quantize_kv
 
 

@@ -18,12 +18,12 @@ from quant.calibration.data import calibration_windows, load_tokens
 from quant.calibration.hessian import InputHessian, NotPositiveDefinite
 from quant.calibration.quantize import plan, quantize
 from quant.calibration.scales import choose_scales
+from quant.checkpoint.loading import load_decoder
 from quant.checkpoint.reader import CheckpointReader, load_tokenizer
 from quant.decoder import Linear, rms_norm
 from quant.errors import RequestError, WorkFailed
 from quant.recipe import DEFAULT_PRESET, Recipe, load_recipe
 from quant.report import read_jsonl
-from quant.runtime.model import load_decoder
 from quant.schemes import plan_layers
 from quant_kernels import reference
 from quant_kernels.formats import WeightFormat, effective_weight, nearest_codes

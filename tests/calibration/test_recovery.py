@@ -20,10 +20,10 @@ from quant.calibration.data import calibration_windows, load_tokens
 from quant.calibration.hessian import InputHessian, NotPositiveDefinite
 from quant.calibration.quantize import plan, quantize
 from quant.calibration.resume import finished_blocks
+from quant.checkpoint.loading import load_decoder
 from quant.checkpoint.reader import CheckpointReader, load_tokenizer
 from quant.decoder import rms_norm
 from quant.errors import WorkFailed
-from quant.runtime.model import load_decoder
 from quant_kernels.packing import PackedWeight
 
 ORDER = [(layer, site) for layer in range(2) for site in SITES]

@@ -18,10 +18,10 @@ from quant.calibration.rope import fold_turn
 from quant.calibration.rotation import NORM_OF, make_rotation, orthogonal
 from quant.calibration.scales import choose_scales
 from quant.checkpoint.inspection import inspect_checkpoint
+from quant.checkpoint.loading import load_decoder
 from quant.checkpoint.reader import CheckpointReader, load_tokenizer
-from quant.decoder import Linear, rms_norm
+from quant.decoder import Block, Decoder, Linear, rms_norm
 from quant.passes import RotatePass
-from quant.runtime.model import Block, Decoder, load_decoder
 from quant_kernels.formats import effective_weight, every_format, nearest_codes
 from quant_kernels.kv4 import KVFormat
 from quant_kernels.packing import PackedWeight, pack_int4, unpack_int4

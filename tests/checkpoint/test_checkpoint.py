@@ -14,10 +14,10 @@ from torch import Tensor
 from quant.architectures import LM_HEAD
 from quant.calibration.quantize import quantize
 from quant.checkpoint.compressed_tensors import is_ignored, parse_quantization_config
+from quant.checkpoint.loading import load_decoder
 from quant.checkpoint.reader import CheckpointReader
-from quant.decoder import Linear
+from quant.decoder import Block, Decoder, Linear
 from quant.errors import RequestError
-from quant.runtime.model import Block, Decoder, load_decoder
 from quant_kernels.formats import effective_weight
 from quant_kernels.packing import PackedWeight, unpack_int4
 

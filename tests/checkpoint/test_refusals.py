@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quant.calibration.quantize import quantize
+from quant.checkpoint.loading import load_decoder
 from quant.checkpoint.reader import CheckpointReader
 from quant.checkpoint.writer import CheckpointWriter
 from quant.errors import RequestError, WorkFailed
-from quant.runtime.model import load_decoder
 
 
 @pytest.fixture

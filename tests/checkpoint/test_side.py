@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quant.checkpoint.inspection import inspect_checkpoint
+from quant.checkpoint.loading import load_decoder
 from quant.checkpoint.reader import CheckpointReader
 from quant.checkpoint.side import (
     SIDE_TENSORS,
@@ -25,7 +26,6 @@ from quant.checkpoint.side import (
 from quant.checkpoint.writer import CheckpointWriter
 from quant.decoder import KeyTransform
 from quant.errors import RequestError, WorkFailed
-from quant.runtime.model import load_decoder
 from quant_kernels.kv4 import KVFormat
 
 SHAPE = (2, 32)  # KV heads and head_dim of the tiny checkpoints

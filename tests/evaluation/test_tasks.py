@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 import torch
 
+from quant.checkpoint.loading import load_decoder
 from quant.checkpoint.reader import load_tokenizer
 from quant.errors import RequestError
 from quant.evaluation.harness import BATCH_TOKENS, DecoderLM
 from quant.evaluation.tasks import check_tasks, evaluate_tasks
-from quant.runtime.model import load_decoder
 
 ITEMS = 40
 # Scores of FP32 sums in another order; the margins between the items' choices are far larger.

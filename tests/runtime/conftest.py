@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from quant.checkpoint.loading import load_decoder
+from quant.decoder import Decoder
 from quant.runtime import scheduler
 from quant.runtime.llm import LLM
-from quant.runtime.model import Decoder, load_decoder
+from quant.runtime.model import Model, make_layer
 from quant.runtime.sampling import SamplingParams
 
 
@@ -26,6 +29,18 @@ def awkward_text() -> str:
 def load_fp32(tiny_checkpoint: Callable[[str], Path]) -> Callable[[str], Decoder]:
     """A kind of tiny checkpoint -> its decoder in FP32."""
     return lambda kind: load_decoder(tiny_checkpoint(kind), dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def as_model() -> Callable[[Decoder], Model]:
+    """A decoder -> what `load_model` makes of the same checkpoint."""
+
+    def convert(decoder: Decoder) -> Model:
+        parts = {f.name: getattr(decoder, f.name) for f in dataclasses.fields(Decoder)}
+        layers = tuple(map(make_layer, parts.pop("blocks")))
+        return Model(**parts, layers=layers)
+
+    return convert
 
 
 @pytest.fixture(scope="session")

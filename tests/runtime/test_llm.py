@@ -10,12 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from quant.checkpoint.loading import load_decoder
+from quant.decoder import Decoder
 from quant.errors import RequestError
 from quant.runtime import llm as llm_module
 from quant.runtime.llm import LLM, TextStream, end_of_sequence_ids
-from quant.runtime.model import Decoder
+from quant.runtime.model import Model
 from quant.runtime.sampling import SamplingParams
-from quant.runtime.scheduler import Request, Scheduler
 
 EOS = 257
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24)
@@ -30,6 +31,19 @@ def random_prompts(*lengths: int) -> list[list[int]]:
 
 def token_ids(outputs: Sequence[Any]) -> list[list[int]]:
     return [output.outputs[0].token_ids for output in outputs]
+
+
+def assert_idle(llm: LLM) -> None:
+    """Nothing waits or runs, and every page is free."""
+    assert not llm.scheduler.waiting
+    assert not llm.scheduler.running
+    assert llm.cache.pool.free_count == llm.cache.pool.count
+    assert not llm._texts
+    assert not llm._outboxes
+
+
+def load_fp32(directory: Path) -> Decoder:
+    return load_decoder(directory, dtype=torch.float32)
 
 
 def spell(llm: LLM, text: str) -> list[int]:
@@ -64,15 +78,16 @@ def test_greedy_tokens_are_those_of_transformers(
 def test_a_quantized_checkpoint_generates_what_it_gives_without_a_cache(
     quantized_case: Callable[[str], Any],
 ) -> None:
-    llm = LLM(quantized_case("lut-64").output, dtype="float32", device="cpu")
+    directory = quantized_case("lut-64").output
+    llm, decoder = LLM(directory, dtype="float32", device="cpu"), load_fp32(directory)
     (prompt,) = random_prompts(14)
     found = token_ids(llm.generate([prompt], GREEDY))[0]
     tokens = list(prompt)
     with torch.inference_mode():
         for _ in found:
             positions = torch.arange(len(tokens)).unsqueeze(0)
-            hidden = llm.model.hidden_states(torch.tensor([tokens]), positions)
-            tokens.append(int(llm.model.logits(hidden[0, -1]).argmax()))
+            hidden = decoder.hidden_states(torch.tensor([tokens]), positions)
+            tokens.append(int(decoder.logits(hidden[0, -1]).argmax()))
     assert found == tokens[len(prompt) :]
 
 
@@ -94,10 +109,10 @@ def test_a_batch_gives_the_tokens_of_one_at_a_time(load_llm: LoadLLM, kind: str)
         for prompt, one in zip(prompts, params, strict=True)
     ]
     llm = load_llm(kind, max_num_seqs=3)
-    # Twice: the second time, the slots hold what the first has left in them.
+    # Twice: the second time, the pages hold what the first has left in them.
     assert llm.generate(prompts, params) == alone
     assert llm.generate(prompts[::-1], params[::-1]) == alone[::-1]
-    assert llm.cache.lengths == [0, 0, 0]
+    assert_idle(llm)
 
 
 def test_seeds_reproduce(load_llm: LoadLLM) -> None:
@@ -119,9 +134,9 @@ def test_logprobs_are_those_of_the_whole_text_at_once(load_llm: LoadLLM) -> None
     prompts = random_prompts(7)
     for output in llm.generate(prompts, params):
         completion, prompt = output.outputs[0], output.prompt_token_ids
-        tokens = torch.tensor([prompt + completion.token_ids])
-        hidden = llm.model.hidden_states(tokens, torch.arange(tokens.shape[1]).unsqueeze(0))
-        wanted = llm.model.logits(hidden)[0, len(prompt) - 1 : -1].double().log_softmax(-1)
+        tokens = prompt + completion.token_ids
+        (hidden,) = llm.model.hidden_states([tokens])
+        wanted = llm.model.logits(hidden)[len(prompt) - 1 : -1].double().log_softmax(-1)
         assert completion.logprobs is not None
         for row, token, found in zip(
             wanted, completion.token_ids, completion.logprobs, strict=True
@@ -129,7 +144,7 @@ def test_logprobs_are_those_of_the_whole_text_at_once(load_llm: LoadLLM) -> None
             assert found[token].rank == 1  # greedy
             assert len(found) == 3
             assert all(abs(row[i] - one.logprob) < 1e-3 for i, one in found.items())
-        total = wanted.gather(1, tokens[0, len(prompt) :, None]).sum()
+        total = wanted.gather(1, torch.tensor(completion.token_ids)[:, None]).sum()
         assert completion.cumulative_logprob == pytest.approx(float(total), abs=1e-2)
     assert llm.generate(prompts[:1], GREEDY)[0].outputs[0].logprobs is None
 
@@ -220,25 +235,6 @@ def test_it_ends_where_the_cache_does(load_llm: LoadLLM) -> None:
     assert token_ids(unlimited)[0][:6] == token_ids([short])[0]
 
 
-def test_a_finished_sequence_gives_its_slot_to_a_waiting_one(load_llm: LoadLLM) -> None:
-    llm = load_llm(max_num_seqs=2)
-    counts = (2, 10, 3)
-    requests = []
-    for ids, count in zip(random_prompts(4, 6, 5), counts, strict=True):
-        params = SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True)
-        requests.append(Request(None, ids, params, params.generator()))
-    short, long, waiting = requests
-    scheduler = Scheduler(llm.model, llm.cache, frozenset(), requests)
-    steps = []
-    while scheduler.unfinished:
-        steps.append(scheduler.step())
-    assert steps[:3] == [[short], [long], [short, long]]
-    assert steps[3] == [waiting]
-    assert steps[4:6] == [[waiting, long]] * 2  # in the order of their slots
-    assert steps[6:] == [[long]] * 6
-    assert [len(request.token_ids) for request in requests] == list(counts)
-
-
 # --- streams ---
 
 
@@ -275,23 +271,48 @@ def test_a_stream_of_real_tokens_is_what_generate_gives(load_llm: LoadLLM) -> No
     assert "".join(item.text for item in streamed) == whole.outputs[0].text
 
 
-def test_streams_share_the_slots(load_llm: LoadLLM) -> None:
+def test_streams_run_beside_each_other_and_beside_generate(load_llm: LoadLLM) -> None:
     llm = load_llm(max_num_seqs=2)
-    prompts = random_prompts(5, 11)
+    prompts = random_prompts(5, 11, 8)
     params = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
     expected = token_ids(llm.generate(prompts, params))
-    streams = [llm.stream(prompt, params) for prompt in prompts]
+    streams = [llm.stream(prompt, params) for prompt in prompts[:2]]
     pairs = [(next(streams[0]), next(streams[1])) for _ in range(3)]
-    with pytest.raises(RequestError, match=r"all 2 slots .* streams"):
-        llm.generate(prompts[:1], params)
+    # No place is free: the streams go on until one is, and what they gave waits to be read.
+    assert token_ids(llm.generate(prompts[2:], params)) == expected[2:]
     pairs += zip(*streams, strict=True)
     found = [[item.token_id for item in items] for items in zip(*pairs, strict=True)]
-    assert found == expected
-    abandoned = llm.stream(prompts[0], params)
-    next(abandoned)
-    abandoned.close()
-    assert llm.cache.lengths == [0, 0]
+    assert found == expected[:2]
+    assert_idle(llm)
+    for closed in (0, 1, 3):
+        abandoned = llm.stream(prompts[0], params)
+        for _ in range(closed):
+            next(abandoned)
+        abandoned.close()
+        assert_idle(llm)
     assert token_ids(llm.generate(prompts, params)) == expected
+
+
+def test_what_fails_in_a_step_leaves_nothing_behind(
+    load_llm: LoadLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = load_llm()
+    prompts = random_prompts(5, 9)
+    expected = token_ids(llm.generate(prompts, GREEDY))
+    stream = llm.stream(prompts[0], GREEDY)
+    next(stream)
+    with monkeypatch.context() as patch:
+
+        def interrupted(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr(Model, "forward", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate(prompts, GREEDY)
+    rest = list(stream)  # it was interrupted too, and says so by ending without a reason to stop
+    assert [item.finish_reason for item in rest] == [None] * len(rest)
+    assert_idle(llm)
+    assert token_ids(llm.generate(prompts, GREEDY)) == expected
 
 
 def test_a_consumer_of_a_stream_may_train(load_llm: LoadLLM) -> None:
@@ -429,7 +450,7 @@ def test_what_cannot_be_generated_is_refused_before_any_work(
     def work(*_: object) -> None:
         raise AssertionError("this is work")
 
-    monkeypatch.setattr(Decoder, "hidden_states", work)
+    monkeypatch.setattr(Model, "forward", work)
     fine = [1, 2, 3]
     too_long = random_prompts(16)[0]
     refused: list[tuple[Any, Any, str]] = [
@@ -461,6 +482,10 @@ def test_options_out_of_range_are_refused(
             load_llm(max_model_len=length)
     with pytest.raises(RequestError, match="max_num_seqs is 0"):
         load_llm(max_num_seqs=0)
+    with pytest.raises(RequestError, match=r"max_num_batched_tokens is 3; .* max_num_seqs, 4"):
+        load_llm(max_num_seqs=4, max_num_batched_tokens=3)
+    with pytest.raises(RequestError, match=r"256 tokens takes 0\.3 MB .* is 0\.1 MB"):
+        load_llm(kv_cache_memory_bytes=100_000)
     with pytest.raises(RequestError, match="dtype 'int3'"):
         LLM(tiny_checkpoint("llama"), dtype="int3")
 
@@ -471,7 +496,7 @@ def test_the_default_length_is_the_models_or_4096(
     assert load_llm().max_model_len == 256
     monkeypatch.setattr(llm_module, "DEFAULT_MODEL_LEN", 100)
     assert load_llm().max_model_len == 100
-    assert load_llm().cache.max_len == 100
+    assert len(load_llm().cache.rope[0]) == 100
     assert load_llm(max_model_len=200).max_model_len == 200
 
 
