@@ -20,6 +20,7 @@ from quant.checkpoint.reader import load_tokenizer
 from quant.errors import RequestError
 from quant.evaluation.harness import BATCH_TOKENS, DecoderLM
 from quant.evaluation.tasks import check_tasks, evaluate_tasks
+from quant.runtime.model import load_model
 
 ITEMS = 40
 # Scores of FP32 sums in another order; the margins between the items' choices are far larger.
@@ -202,7 +203,7 @@ class Request:
 @pytest.fixture
 def lm(tiny_checkpoint: Any) -> DecoderLM:
     directory = tiny_checkpoint("llama")
-    return DecoderLM(load_decoder(directory, dtype=torch.float32), load_tokenizer(directory))
+    return DecoderLM(load_model(directory, dtype=torch.float32), load_tokenizer(directory))
 
 
 def test_batches_and_padding_change_no_score(lm: DecoderLM, tiny_checkpoint: Any) -> None:
@@ -226,9 +227,8 @@ def test_greedy_continuations_are_told(lm: DecoderLM) -> None:
     greedy: list[int] = []
     with torch.inference_mode():
         for _ in range(4):
-            ids = torch.tensor([context + greedy])
-            hidden = lm.decoder.hidden_states(ids, torch.arange(ids.shape[1])[None])
-            greedy.append(int(lm.decoder.logits(hidden[0, -1]).argmax()))
+            (hidden,) = lm.model.hidden_states([context + greedy])
+            greedy.append(int(lm.model.logits(hidden[-1:]).argmax()))
     other = [*greedy[:-1], (greedy[-1] + 1) % 256]
     texts = ("", "")
     scores = lm._loglikelihood_tokens([(texts, context, greedy), (texts, context, other)])
@@ -239,7 +239,7 @@ def test_a_long_context_keeps_its_end(lm: DecoderLM, tiny_checkpoint: Any) -> No
     generator = torch.Generator().manual_seed(9)
     context, continuation = text(generator, 300, 300), text(generator, 5, 5)
     score = transformers_scorer(tiny_checkpoint("llama"))
-    limit = lm.decoder.config.max_position_embeddings
+    limit = lm.model.config.max_position_embeddings
     # The last token is predicted and not an input: limit positions hold limit + 1 tokens.
     kept = byte_ids(context, lm.tokenizer)[-(limit + 1 - 5) :]
     wanted = score(kept, byte_ids(continuation, lm.tokenizer))
