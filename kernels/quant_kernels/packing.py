@@ -211,7 +211,7 @@ def block_weight(weight: PackedWeight) -> BlockedWeight:
     code_shape, t_shape = blocked_shapes(rows, columns, fmt)
     codes = torch.empty(code_shape, dtype=torch.uint8, device=device)
     blocks, padded = -(-rows // BLOCK_ROWS), -(-columns // BLOCK_SPAN) * BLOCK_SPAN
-    step = max(1, CODES_AT_ONCE // max(1, columns * BLOCK_ROWS))
+    step, eights = max(1, CODES_AT_ONCE // (columns * BLOCK_ROWS)), BLOCK_ROWS // ROWS_TOGETHER
     for start in range(0, blocks, step):
         part = unpack_int4(weight.words[start * BLOCK_ROWS : (start + step) * BLOCK_ROWS])
         count = min(step, blocks - start)
@@ -222,8 +222,9 @@ def block_weight(weight: PackedWeight) -> BlockedWeight:
             b = b.view(count, 2, 2, 16, columns // 4, 4).permute(2, 0, 4, 1, 3, 5)
             codes[start : start + count] = (b[0] | b[1] << 4).reshape(count, *code_shape[1:])
         else:  # [eights, 8, spans, nibble / 2, nibble % 2, 32], a byte has two of a word's nibbles
-            eights = BLOCK_ROWS // ROWS_TOGETHER
-            b = b.view(-1, ROWS_TOGETHER, code_shape[1], 2, 2, 32).permute(4, 0, 2, 1, 5, 3)
+            b = b.view(count * eights, ROWS_TOGETHER, code_shape[1], 2, 2, 32).permute(
+                4, 0, 2, 1, 5, 3
+            )
             codes[start * eights : (start + count) * eights] = (b[0] | b[1] << 4).flatten(3)
     t, c = split_scales(weight.scales, fmt)
     if fmt.per_channel:
@@ -233,7 +234,7 @@ def block_weight(weight: PackedWeight) -> BlockedWeight:
         t = t.view(blocks, BLOCK_ROWS, t_shape[1], 2).transpose(1, 2)
     else:
         t = _padded(t, blocks * BLOCK_ROWS, t.shape[1])
-        t = t.view(t_shape[0], ROWS_TOGETHER, -1).transpose(1, 2)
+        t = t.view(t_shape[0], ROWS_TOGETHER, t_shape[1]).transpose(1, 2)
     return BlockedWeight(
         codes, t.contiguous().to(BLOCKED_SCALE_DTYPES[fmt.numerics]), c.flatten(), fmt
     )
@@ -244,7 +245,7 @@ def unblock_weight(weight: BlockedWeight) -> PackedWeight:
     (rows, columns), fmt, codes, t = weight.shape, weight.fmt, weight.codes, weight.t
     b = torch.stack((codes & 15, codes >> 4))
     if fmt.scheme == "w4a8":
-        b = b.view(2, -1, columns // 4, 2, 16, 4).permute(1, 3, 0, 4, 2, 5)
+        b = b.view(2, len(codes), columns // 4, 2, 16, 4).permute(1, 3, 0, 4, 2, 5)
     else:
         b = b.view(2, *codes.shape[:3], 32, 2).permute(1, 3, 2, 5, 0, 4)
     padded = -(-rows // BLOCK_ROWS) * BLOCK_ROWS

@@ -236,7 +236,7 @@ def _expect(
     op: str, name: str, x: Tensor, shape: tuple[int, ...], dtypes: Sequence[torch.dtype]
 ) -> None:
     """Shape, dtype and a contiguous last dimension, or OpError."""
-    dense = x.dim() == 0 or x.shape[-1] <= 1 or x.stride(-1) == 1
+    dense = x.numel() <= 1 or x.shape[-1] <= 1 or x.stride(-1) == 1
     if tuple(x.shape) != shape or x.dtype not in dtypes or not dense:
         kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise OpError(
