@@ -9,7 +9,7 @@ from torch import Tensor
 
 from quant_kernels import native
 
-ABI = 2
+ABI = 3
 CODES_PER_WORD = 8
 
 

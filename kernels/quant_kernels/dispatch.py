@@ -1,6 +1,7 @@
 """Which backend runs an op: a table, printable, and overridable. Nothing falls back in silence.
 
-The first rule that fits (op, device, capability) names the backend. It is overridden, in this
+The first rule that fits (op, device, capability) names the backend; a rule for `cpu` fits where
+libquant_cpu.so is built, and `quantize doctor` prints whether it is. It is overridden, in this
 order, by the op's argument `backend` and by $FOURBYEIGHT_BACKEND: one backend for all ops, or
 `op=backend` pairs:
 
@@ -19,6 +20,8 @@ from dataclasses import dataclass
 
 import torch
 
+from quant_kernels import cpu
+
 OPS = (
     "quantize_activation",
     "rms_norm_quantize",
@@ -29,7 +32,7 @@ OPS = (
     "prefill_attention",
     "decode_attention",
 )
-BACKENDS = ("triton", "reference")
+BACKENDS = ("cpu", "triton", "reference")
 VARIABLE = "FOURBYEIGHT_BACKEND"
 FP8_CAPABILITY = (8, 9)  # the first with FP8 tensor cores
 TRITON_CAPABILITY = (8, 0)
@@ -54,13 +57,18 @@ _INT8_MMA = ("gemm_w4a8",)
 _FP8_MMA = ("gemm_w4afp8", "prefill_attention")
 _FP16_MMA = ("decode_attention",)
 _NO_MMA = ("quantize_activation", "rms_norm_quantize", "silu_mul_quantize", "rope_append")
+# What backend `cpu` has.
+CPU_OPS = ("gemm_w4afp8", "gemm_w4a8")
+_NOT_CPU = tuple(op for op in OPS if op not in CPU_OPS)
 RULES = (
     Rule(_NO_MMA, "cuda", TRITON_CAPABILITY, "triton", "one pass"),
     Rule(_INT8_MMA, "cuda", TRITON_CAPABILITY, "triton", "INT8 tensor cores"),
     Rule(_FP8_MMA, "cuda", FP8_CAPABILITY, "triton", "FP8 tensor cores"),
     Rule(_FP8_MMA, "cuda", TRITON_CAPABILITY, "triton", "FP16 tensor cores: FP8 codes are exact"),
     Rule(_FP16_MMA, "cuda", TRITON_CAPABILITY, "triton", "FP16 tensor cores: codes are exact"),
-    Rule(OPS, "cpu", None, "reference", "plain torch"),
+    Rule(CPU_OPS, "cpu", None, "cpu", "C++ for the machine's vector instructions"),
+    Rule(CPU_OPS, "cpu", None, "reference", "plain torch, where libquant_cpu.so is not built"),
+    Rule(_NOT_CPU, "cpu", None, "reference", "plain torch"),
 )
 
 
@@ -72,7 +80,7 @@ def choose(op: str, device: torch.device, asked: str = "") -> str:
     backend = asked or _overrides(os.environ.get(VARIABLE, "")).get(op) or by_table(op, device)
     if backend not in BACKENDS:
         raise ValueError(f"{op}: backend {backend!r} is unknown; known: {', '.join(BACKENDS)}")
-    reason = _why_not(backend, device)
+    reason = _why_not(op, backend, device)
     if reason is not None:
         raise BackendUnavailable(f"{op} on {device}: backend {backend!r} cannot run: {reason}")
     return backend
@@ -82,7 +90,10 @@ def by_table(op: str, device: torch.device) -> str:
     """The backend of the first rule that fits; BackendUnavailable where none does."""
     found = capability(device)
     for rule in RULES:
-        if op in rule.ops and rule.device == device.type and (rule.capability or (0, 0)) <= found:
+        fits = op in rule.ops and rule.device == device.type
+        if fits and rule.backend == "cpu":
+            fits = cpu.usable()
+        if fits and (rule.capability or (0, 0)) <= found:
             return rule.backend
     raise BackendUnavailable(
         f"{op}: no backend runs on {device} (sm_{found[0]}{found[1]}); Triton's kernels need sm_80 "
@@ -124,7 +135,13 @@ def why_no_triton(device: str = "cuda", found: tuple[int, int] = FP8_CAPABILITY)
     return None
 
 
-def _why_not(backend: str, device: torch.device) -> str | None:
+def _why_not(op: str, backend: str, device: torch.device) -> str | None:
+    if backend == "cpu":
+        if device.type != "cpu":
+            return "its kernels read the memory of the CPU"
+        if op not in CPU_OPS:
+            return f"it has no kernel for this op, only for {', '.join(CPU_OPS)}"
+        return cpu.why_unavailable()
     if backend != "triton":
         return None
     if device.type == "cuda" and device.index not in (None, torch.cuda.current_device()):
