@@ -3,13 +3,14 @@
 import ctypes
 import functools
 import os
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from quant_kernels import native
 
-ABI = 2
+ABI = 3
 CODES_PER_WORD = 8
 
 
@@ -101,11 +102,39 @@ def e4m3_to_float(codes: Tensor) -> Tensor:
     return values
 
 
+def isa() -> str | None:
+    """The instruction set whose kernels run; None where $QUANT_CPU_ISA names another CPU's."""
+    name = library().quant_cpu_isa()
+    return None if name is None else name.decode()
+
+
+def use_isa(name: str | None) -> None:
+    """Run another instruction set's kernels from now on; None: those of $QUANT_CPU_ISA, or the best.
+
+    Raises RuntimeError where this CPU has not got it.
+    """
+    status = library().quant_cpu_use_isa(None if name is None else name.encode())
+    if status:
+        fail(f"use_isa({name!r})", status)
+
+
+def fail(what: str, status: int) -> NoReturn:
+    """Raise RuntimeError with a status in words."""
+    raise RuntimeError(f"{what}: {library().quant_cpu_error_string(status).decode()}")
+
+
+def library() -> ctypes.CDLL:
+    """libquant_cpu.so; LibraryMissing where it was not built."""
+    return _library()
+
+
 @functools.cache
 def _library() -> ctypes.CDLL:
     library = native.load("quant_cpu", ABI)
     library.quant_cpu_error_string.argtypes = [ctypes.c_int]
     library.quant_cpu_error_string.restype = ctypes.c_char_p
+    library.quant_cpu_isa.restype = ctypes.c_char_p
+    library.quant_cpu_use_isa.argtypes = [ctypes.c_char_p]
     library.quant_cpu_unpack_int4.argtypes = [
         ctypes.c_void_p,  # packed
         ctypes.c_int64,  # rows

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 
 import torch
 
+from quant_kernels import cpu
+
 OPS = (
     "quantize_activation",
     "rms_norm_quantize",
@@ -29,7 +31,7 @@ OPS = (
     "prefill_attention",
     "decode_attention",
 )
-BACKENDS = ("triton", "reference")
+BACKENDS = ("triton", "cpu", "reference")
 VARIABLE = "FOURBYEIGHT_BACKEND"
 FP8_CAPABILITY = (8, 9)  # the first with FP8 tensor cores
 TRITON_CAPABILITY = (8, 0)
@@ -125,6 +127,8 @@ def why_no_triton(device: str = "cuda", found: tuple[int, int] = FP8_CAPABILITY)
 
 
 def _why_not(backend: str, device: torch.device) -> str | None:
+    if backend == "cpu":
+        return cpu.why_unavailable() if device.type == "cpu" else "it runs on the CPU alone"
     if backend != "triton":
         return None
     if device.type == "cuda" and device.index not in (None, torch.cuda.current_device()):

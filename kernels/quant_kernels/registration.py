@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from quant_kernels import backend_reference, dispatch
+from quant_kernels import backend_cpu, backend_reference, dispatch
 from quant_kernels.formats import WeightFormat
 from quant_kernels.packing import (
     KV_PAGE,
@@ -203,9 +203,10 @@ def _decode_attention(
 
 def backend_for(op: str, device: torch.device, asked: str) -> ModuleType:
     """The module of the backend that `dispatch.choose` names."""
-    if dispatch.choose(op, device, asked) == "triton":
+    chosen = dispatch.choose(op, device, asked)
+    if chosen == "triton":
         return importlib.import_module("quant_kernels.triton.backend")
-    return backend_reference
+    return backend_cpu if chosen == "cpu" else backend_reference
 
 
 def _expect(

@@ -1,0 +1,39 @@
+"""Backend `cpu`: the ops as `ops.py` calls them, in C++."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from quant_kernels.cpu_activation import (
+    quantize_activation,
+    rms_norm_quantize,
+    silu_mul_quantize,
+)
+from quant_kernels.cpu_attention import decode_attention, prefill_attention, rope_append
+
+NAME = "cpu"
+SPLIT_WEIGHTS = False
+
+__all__ = [
+    "NAME",
+    "SPLIT_WEIGHTS",
+    "decode_attention",
+    "prefill_attention",
+    "quantize_activation",
+    "rms_norm_quantize",
+    "rope_append",
+    "silu_mul_quantize",
+    "workspace_bytes",
+]
+
+
+def workspace_bytes(
+    device: torch.device,
+    gemms: Sequence[tuple[int, int]],
+    max_tokens: int,
+    attention: tuple[int, int, int, int] | None,
+) -> int:
+    """None is needed."""
+    return 0
