@@ -39,8 +39,8 @@ void quantize(const QuantCpuTokens& call, int64_t row) {
 template <class T, class W>
 void rms_norm(const QuantCpuTokens& call, const Norm& norm, int64_t row, float* y) {
   const T* x = row_of<T>(call, row);
-  T* stream = norm.residual == nullptr ? nullptr
-                                       : static_cast<T*>(norm.residual) + row * norm.residual_row;
+  T* stream =
+      norm.residual == nullptr ? nullptr : static_cast<T*>(norm.residual) + row * norm.residual_row;
   F32 squares = {};
   for (int64_t k = 0; k < call.columns; k += LANES) {
     const int64_t n = call.columns - k;

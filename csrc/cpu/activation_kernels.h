@@ -8,8 +8,8 @@
 namespace quant {
 namespace QUANT_ISA {
 
-// The scale of a row: `magnitude` holds the bits of its largest |x|, which as integers have the same
-// order, with NaN above all.
+// The scale of a row: `magnitude` holds the bits of its largest |x|, which as integers have the
+// same order, with NaN above all.
 inline float scale_of(int32_t magnitude, float limit) {
   const float a = bits_as<float>(magnitude) / limit;
   return a == 0.0f ? 1.0f : a;

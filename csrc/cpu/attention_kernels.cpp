@@ -5,14 +5,15 @@
 //   M   = ceil(max S_t),   p_t = 2^(S_t - M),   l = sum p_t
 //   P_t = E4M3(2^k p_t v_t),   O = (sum over pages of 2^-k sum_t P_t q_t  +  sum_t p_t o_t) / l
 //
-// Both products are exact: Q and P are E4M3 numbers, so integers times 2^-9, of at most 18 and, as k
-// is chosen for every row and page so that the largest |P| is in [31, 62), 16 bits: three and two
+// Both products are exact: Q and P are E4M3 numbers, so integers times 2^-9, of at most 18 and, as
+// k is chosen for every row and page so that the largest |P| is in [31, 62), 16 bits: three and two
 // digits in base 256 (`int8_products.h`). P is never near 448, and is subnormal below 2^-11 of the
 // page's largest. What the row does not see takes no part in k, nor in anything else.
 //
 // The FP32 sums have one order: pages ascending within a span of SPAN_PAGES pages, then spans
-// ascending. M is an integer, so earlier sums are rescaled by powers of two. Which rows share a tile,
-// which thread takes which span, and whether it is prefill or decode therefore changes no bit.
+// ascending. M is an integer, so earlier sums are rescaled by powers of two. Which rows share a
+// tile, which thread takes which span, and whether it is prefill or decode therefore changes no
+// bit.
 #include "int8_products.h"
 #include "kv_pages.h"
 
@@ -49,9 +50,9 @@ struct State {
 
 struct Queries {
   alignas(64) int8_t digits[Q_LIMBS][TILE_ROWS][MAX_HEAD_DIM];
-  int32_t start[TILE_ROWS];  // -8 sum(Q), since codes are stored plus 8
-  float sum[TILE_ROWS];      // of Q, times 2^9
-  float unit[TILE_ROWS];     // times 2^-9
+  int32_t start[TILE_ROWS];                          // -8 sum(Q), since codes are stored plus 8
+  float sum[TILE_ROWS];                              // of Q, times 2^9
+  float unit[TILE_ROWS];                             // times 2^-9
   int64_t first_key[TILE_ROWS], end_key[TILE_ROWS];  // the keys that a row sees
 };
 
@@ -116,8 +117,8 @@ struct TileCall {
 };
 
 // Scores of one row and page -> its p, and the digits of P. seen: keys [lo, hi) of the page.
-void softmax_row(const PageOperands& page, const Queries& q, int64_t r, int lo, int hi, State& state,
-                 BlockMemory& block, int64_t in_block) {
+void softmax_row(const PageOperands& page, const Queries& q, int64_t r, int lo, int hi,
+                 State& state, BlockMemory& block, int64_t in_block) {
   constexpr int N = PAGE / LANES;
   const int32_t* sums = block.sums + in_block * PAGE;
   const bool whole = lo == 0 && hi == PAGE;
@@ -136,7 +137,7 @@ void softmax_row(const PageOperands& page, const Queries& q, int64_t r, int lo, 
     highest = max(highest, x[j]);
   }
   const float top = __builtin_ceilf(largest(highest) * q.unit[r]);
-  const float before = state.top[r], now = top > before ? top : before;
+  const float before = state.top[r], now = top <= before ? before : top;
   const float fade = power_of_two(before - now);
   state.top[r] = now;
 

@@ -6,9 +6,9 @@
 namespace quant {
 namespace QUANT_ISA {
 
-const Kernels table = {QUANT_NAME(QUANT_ISA), quantize_token, rms_norm_token, silu_mul_token,
-                       rope_token,            attend,         state_floats,   attend_span,
-                       combine};
+const Kernels table = {QUANT_NAME(QUANT_ISA), quantize_token, rms_norm_token,
+                       silu_mul_token,        rope_token,     attend,
+                       state_floats,          attend_span,    combine};
 
 }  // namespace QUANT_ISA
 }  // namespace quant

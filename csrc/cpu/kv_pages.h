@@ -107,8 +107,8 @@ inline void unpack_values(const uint8_t* rows, int64_t dim, uint8_t* codes) {
 
 #endif
 
-// Scales and offsets of a page, [PAGE] pairs of FP16; zeros from the `stored`-th on, where there may
-// be anything.
+// Scales and offsets of a page, [PAGE] pairs of FP16; zeros from the `stored`-th on, where there
+// may be anything.
 inline void unpack_scales(const uint16_t* pairs, int64_t stored, float* scale, float* offset) {
   for (int i = 0; i < PAGE; i += LANES) {
     const I32 there = (iota() + i) < (int32_t)stored;

@@ -148,7 +148,8 @@ int attend(const QuantCpuAttention& call, const Kernels& run) {
     most_tiles = std::max(most_tiles, it.tiles);
     keys += it.queries * it.kv_len;
   }
-  // The last queries see most keys: their tiles come first, so that no long one is left for the end.
+  // The last queries see most keys: their tiles come first, so that no long one is left for the
+  // end.
   for (int64_t index = most_tiles - 1; index >= 0; --index) {
     for (int64_t b = 0; b < call.batch; ++b) {
       if (index >= Sequence(call, b).tiles) continue;
@@ -209,8 +210,8 @@ int quant_cpu_rope_append(const QuantCpuRope* call) {
   if (status != QUANT_CPU_OK) return status;
   if (call->tokens < 0 || call->pages < 0) return QUANT_CPU_NEGATIVE_SIZE;
   if (call->tokens == 0) return QUANT_CPU_OK;
-  const void* needed[] = {call->qkv,     call->positions, call->slots,   call->cos, call->sin,
-                          call->q_codes, call->q_scale};
+  const void* needed[] = {call->qkv, call->positions, call->slots,  call->cos,
+                          call->sin, call->q_codes,   call->q_scale};
   if (std::find(std::begin(needed), std::end(needed), nullptr) != std::end(needed)) {
     return QUANT_CPU_NULL_POINTER;
   }

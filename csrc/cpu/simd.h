@@ -1,9 +1,10 @@
 // Vectors of LANES 32-bit lanes, and the numbers of this project in them.
 //
-// Included by the sources that are compiled once per instruction set (QUANT_ISA names it). GCC's and
-// Clang's vector extensions give operators on F32 and I32 everywhere; what they have no operator for
-// stands here. There is no std:: in it: an inline function of the standard library that one of these
-// sources emitted with its own instructions could be the copy that the linker keeps for all.
+// Included by the sources that are compiled once per instruction set (QUANT_ISA names it). GCC's
+// and Clang's vector extensions give operators on F32 and I32 everywhere; what they have no
+// operator for stands here. There is no std:: in it: an inline function of the standard library
+// that one of these sources emitted with its own instructions could be the copy that the linker
+// keeps for all.
 //
 // Loops run over LANES numbers at a time, so sums have an order of their own in every instruction
 // set, and one order in each.
@@ -152,8 +153,8 @@ inline F32 from_half(U16 x) {
   const I32 special = (magnitude << 13) | 0x7F800000;  // Inf and NaN
   const I32 subnormal = bits_as<I32>(to_float(magnitude) * 0x1p-24f);
   const I32 is_special = magnitude >= 0x7C00, is_small = magnitude < 0x400;
-  const I32 value = (is_special & special) | (is_small & subnormal) |
-                    (~is_special & ~is_small & normal);
+  const I32 value =
+      (is_special & special) | (is_small & subnormal) | (~is_special & ~is_small & normal);
   return bits_as<F32>(value | sign);
 }
 inline U16 to_half(F32 x) {
@@ -255,9 +256,9 @@ inline F32 round_e4m3_integers(F32 x) {
 // Integers |x| < 2^22, rounded to nearest even, in the low bits of every lane.
 inline I32 nearest_integers(F32 x) { return bits_as<I32>(x + 0x1.8p23f); }
 
-// 2^n for integers -126 <= n <= 127, and 0 below; scalar.
+// 2^n for integers -126 <= n <= 127, and 0 below and for NaN; scalar.
 inline float power_of_two(float n) {
-  if (n < -126.0f) return 0.0f;
+  if (!(n >= -126.0f)) return 0.0f;
   return bits_as<float>(((int32_t)n + 127) << 23);
 }
 
@@ -291,8 +292,8 @@ inline F32 exp(F32 x) {
   return exp2_fraction(r * 1.44269504f) * bits_as<F32>(bits_as<I32>(shifted) << 23);
 }
 
-// The numbers that a kernel was tuned for and tested with: no flushing of subnormals, which a thread
-// may have asked for and the pool's threads have not, and rounding to nearest.
+// The numbers that a kernel was tuned for and tested with: no flushing of subnormals, which a
+// thread may have asked for and the pool's threads have not, and rounding to nearest.
 struct DefaultRounding {
 #if defined(__x86_64__)
   uint32_t before = _mm_getcsr();

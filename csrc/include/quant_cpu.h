@@ -130,8 +130,8 @@ QUANT_CPU_API int quant_cpu_rope_append(const QuantCpuRope* call);
 
 // Causal attention of the last cu_seqlens[b + 1] - cu_seqlens[b] of the kv_lens[b] tokens of every
 // sequence b; cu_seqlens null: of the last one. q_codes [tokens, heads, head_dim], q_scale [tokens,
-// heads]; block_table [batch, table_columns]; out [tokens, heads, head_dim]. scale: sm_scale log2(e),
-// positive. window: 0 for none.
+// heads]; block_table [batch, table_columns]; out [tokens, heads, head_dim]. scale: sm_scale
+// log2(e), positive. window: 0 for none.
 typedef struct QuantCpuAttention {
   const uint8_t* q_codes;
   int64_t q_token;
