@@ -19,7 +19,7 @@ const T* row_of(const QuantCpuTokens& call, int64_t row) {
 // The codes of y [columns], whose largest magnitude is known.
 template <class T>
 void write_codes(const QuantCpuTokens& call, int64_t row, const T* y, I32 magnitudes) {
-  const bool fp8 = call.code_type == QUANT_CPU_E4M3;
+  const bool fp8 = call.code_type == QUANT_CPU_CODES_E4M3;
   const float a = scale_of(largest(magnitudes), fp8 ? 448.0f : 127.0f);
   call.scale[row * call.scale_row] = a;
   auto* codes = static_cast<uint8_t*>(call.codes) + row * call.codes_row;

@@ -1,68 +1,100 @@
-// Which instruction set's kernels run: the best of the CPU, or the one that is named.
-#include <stdlib.h>
-#include <string.h>
-
+// Which kernels run: the widest that this machine has, or those that somebody asked for by name.
 #include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <string>
 
 #include "kernels.h"
 
 namespace quant {
-
 namespace portable {
-extern const Kernels table;
+extern const OpKernels table;
 }
 #if defined(__x86_64__)
 namespace avx2 {
-extern const Kernels table;
+extern const OpKernels table;
 }
 namespace avx512 {
-extern const Kernels table;
+extern const OpKernels table;
 }
 #endif
 
 namespace {
 
-// The kernels of that name, or for null the best; null where the CPU has not got them.
-const Kernels* find(const char* name) {
-  const auto wanted = [&](const Kernels& it) { return name == nullptr || !strcmp(name, it.name); };
+struct Isa {
+  const char* name;
+  bool present;
+  const OpKernels* ops;
+};
+
+// Best first.
+struct Isas {
 #if defined(__x86_64__)
-  __builtin_cpu_init();
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                        __builtin_cpu_supports("f16c");
-  const bool has_avx512 =
-      has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vnni");
-  if (has_avx512 && wanted(avx512::table)) return &avx512::table;
-  if (has_avx2 && wanted(avx2::table)) return &avx2::table;
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+  const Isa all[3] = {{"avx512_vnni", avx512, &avx512::table},
+                      {"avx2", avx2, &avx2::table},
+                      {"portable", true, &portable::table}};
+#else
+  const Isa all[1] = {{"portable", true, &portable::table}};
 #endif
-  return wanted(portable::table) ? &portable::table : nullptr;
+  std::string names;
+
+  Isas() {
+    for (const Isa& isa : all) {
+      if (isa.present) names += (names.empty() ? "" : " ") + std::string(isa.name);
+    }
+  }
+
+  const Isa* find(const char* name) const {
+    for (const Isa& isa : all) {
+      if (isa.present && (name == nullptr || *name == 0 || std::strcmp(name, isa.name) == 0)) {
+        return &isa;
+      }
+    }
+    return nullptr;
+  }
+};
+
+const Isas& isas() {
+  static const Isas found;
+  return found;
 }
 
-const Kernels* from_environment() {
-  const char* name = getenv("QUANT_CPU_ISA");
-  return find(name != nullptr && *name != '\0' ? name : nullptr);
-}
+std::atomic<const Isa*> forced{nullptr};
 
-std::atomic<const Kernels*>& chosen() {
-  static std::atomic<const Kernels*> it{from_environment()};
-  return it;
+const Isa* current() {
+  const Isa* isa = forced.load(std::memory_order_relaxed);
+  if (isa != nullptr) return isa;
+  static const Isa* const first = isas().find(std::getenv("QUANT_CPU_ISA"));
+  return first;
 }
 
 }  // namespace
 
-const Kernels* kernels() { return chosen().load(std::memory_order_relaxed); }
+const OpKernels* op_kernels() {
+  const Isa* isa = current();
+  return isa == nullptr ? nullptr : isa->ops;
+}
 
 }  // namespace quant
 
+const char* quant_cpu_isas(void) { return quant::isas().names.c_str(); }
+
 const char* quant_cpu_isa(void) {
-  const quant::Kernels* it = quant::kernels();
-  return it == nullptr ? nullptr : it->name;
+  const quant::Isa* isa = quant::current();
+  return isa == nullptr ? "" : isa->name;
 }
 
-int quant_cpu_use_isa(const char* name) {
-  const quant::Kernels* it = name == nullptr ? quant::from_environment() : quant::find(name);
-  if (it == nullptr) return QUANT_CPU_NO_SUCH_ISA;
-  quant::chosen().store(it, std::memory_order_relaxed);
+int quant_cpu_set_isa(const char* name) {
+  const quant::Isa* isa = nullptr;
+  if (name != nullptr && *name != 0) {
+    isa = quant::isas().find(name);
+    if (isa == nullptr) return QUANT_CPU_ISA_UNAVAILABLE;
+  }
+  quant::forced.store(isa, std::memory_order_relaxed);
   return QUANT_CPU_OK;
 }

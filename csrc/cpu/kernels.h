@@ -27,8 +27,7 @@ struct Tile {
   int64_t sequence, kv_head, first, count;
 };
 
-struct Kernels {
-  const char* name;
+struct OpKernels {
   // One row; scratch: `columns` floats.
   void (*quantize)(const QuantCpuTokens& call, int64_t row);
   void (*rms_norm)(const QuantCpuTokens& call, const Norm& norm, int64_t row, float* scratch);
@@ -45,9 +44,9 @@ struct Kernels {
                   int64_t stride);
 };
 
-// The best that this CPU has, or what $QUANT_CPU_ISA or quant_cpu_use_isa names; null where that is
-// none that it has.
-const Kernels* kernels();
+// Those of the instruction set in use (quant_cpu_isa); null where $QUANT_CPU_ISA names what the
+// machine lacks.
+const OpKernels* op_kernels();
 
 #ifdef QUANT_ISA
 namespace QUANT_ISA {
@@ -60,7 +59,7 @@ int64_t state_floats(int64_t rows, int64_t head_dim);
 void attend_span(const QuantCpuAttention& call, const Tile& tile, int64_t span, float* state);
 void combine(const QuantCpuAttention& call, const Tile& tile, float* states, int64_t spans,
              int64_t stride);
-extern const Kernels table;
+extern const OpKernels table;
 }  // namespace QUANT_ISA
 #endif
 

@@ -119,7 +119,7 @@ int check(const QuantCpuAttention& call) {
 }
 
 // Every span of every tile is an item; what spans come to is added in a second round.
-int attend_in_parts(const QuantCpuAttention& call, const Kernels& run,
+int attend_in_parts(const QuantCpuAttention& call, const OpKernels& run,
                     const std::vector<TileWork>& work, int threads) {
   std::vector<int64_t> first(work.size() + 1, 0);
   for (size_t i = 0; i < work.size(); ++i) first[i + 1] = first[i] + work[i].spans;
@@ -140,7 +140,7 @@ int attend_in_parts(const QuantCpuAttention& call, const Kernels& run,
   return QUANT_CPU_OK;
 }
 
-int attend(const QuantCpuAttention& call, const Kernels& run) {
+int attend(const QuantCpuAttention& call, const OpKernels& run) {
   std::vector<TileWork> work;
   int64_t most_tiles = 0, spans = 0, keys = 0;
   for (int64_t b = 0; b < call.batch; ++b) {
@@ -173,8 +173,8 @@ int attend(const QuantCpuAttention& call, const Kernels& run) {
 }  // namespace quant
 
 int quant_cpu_quantize_activation(const QuantCpuTokens* call) {
-  const quant::Kernels* run = quant::kernels();
-  if (run == nullptr) return QUANT_CPU_NO_SUCH_ISA;
+  const quant::OpKernels* run = quant::op_kernels();
+  if (run == nullptr) return QUANT_CPU_ISA_UNAVAILABLE;
   const int status = quant::check(call);
   if (status != QUANT_CPU_OK || call->rows == 0) return status;
   return quant::for_rows(*call, 0, [&](int64_t i, float*) { run->quantize(*call, i); });
@@ -182,8 +182,8 @@ int quant_cpu_quantize_activation(const QuantCpuTokens* call) {
 
 int quant_cpu_rms_norm_quantize(const QuantCpuTokens* call, const void* weight, int64_t weight_type,
                                 float eps, void* residual, int64_t residual_row) {
-  const quant::Kernels* run = quant::kernels();
-  if (run == nullptr) return QUANT_CPU_NO_SUCH_ISA;
+  const quant::OpKernels* run = quant::op_kernels();
+  if (run == nullptr) return QUANT_CPU_ISA_UNAVAILABLE;
   const int status = quant::check(call);
   if (status != QUANT_CPU_OK || call->rows == 0) return status;
   if (weight == nullptr) return QUANT_CPU_NULL_POINTER;
@@ -194,8 +194,8 @@ int quant_cpu_rms_norm_quantize(const QuantCpuTokens* call, const void* weight, 
 }
 
 int quant_cpu_silu_mul_quantize(const QuantCpuTokens* call) {
-  const quant::Kernels* run = quant::kernels();
-  if (run == nullptr) return QUANT_CPU_NO_SUCH_ISA;
+  const quant::OpKernels* run = quant::op_kernels();
+  if (run == nullptr) return QUANT_CPU_ISA_UNAVAILABLE;
   const int status = quant::check(call);
   if (status != QUANT_CPU_OK || call->rows == 0) return status;
   return quant::for_rows(*call, call->columns,
@@ -203,8 +203,8 @@ int quant_cpu_silu_mul_quantize(const QuantCpuTokens* call) {
 }
 
 int quant_cpu_rope_append(const QuantCpuRope* call) {
-  const quant::Kernels* run = quant::kernels();
-  if (run == nullptr) return QUANT_CPU_NO_SUCH_ISA;
+  const quant::OpKernels* run = quant::op_kernels();
+  if (run == nullptr) return QUANT_CPU_ISA_UNAVAILABLE;
   if (call == nullptr) return QUANT_CPU_NULL_POINTER;
   const int status = quant::check_heads(call->heads, call->kv_heads, call->head_dim);
   if (status != QUANT_CPU_OK) return status;
@@ -232,8 +232,8 @@ int quant_cpu_rope_append(const QuantCpuRope* call) {
 }
 
 int quant_cpu_attention(const QuantCpuAttention* call) {
-  const quant::Kernels* run = quant::kernels();
-  if (run == nullptr) return QUANT_CPU_NO_SUCH_ISA;
+  const quant::OpKernels* run = quant::op_kernels();
+  if (run == nullptr) return QUANT_CPU_ISA_UNAVAILABLE;
   if (call == nullptr) return QUANT_CPU_NULL_POINTER;
   const int status = quant::check(*call);
   if (status != QUANT_CPU_OK) return status;

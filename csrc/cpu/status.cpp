@@ -12,14 +12,14 @@ const char* quant_cpu_error_string(int status) {
       return "a size is negative";
     case QUANT_CPU_COLUMNS_OUT_OF_RANGE:
       return "columns is 0 or exceeds 8 * words_per_row";
+    case QUANT_CPU_OUT_OF_MEMORY:
+      return "no memory for intermediate results";
+    case QUANT_CPU_ISA_UNAVAILABLE:
+      return "the instruction set that was asked for is unknown, or this machine lacks it";
     case QUANT_CPU_INDEX_OUT_OF_RANGE:
       return "a position, slot, page or sequence is out of range";
     case QUANT_CPU_BAD_HEADS:
       return "query heads do not divide among KV heads, or head_dim is no multiple of 32 up to 256";
-    case QUANT_CPU_NO_SUCH_ISA:
-      return "QUANT_CPU_ISA names no instruction set of this CPU (amx, avx512, avx2, portable)";
-    case QUANT_CPU_OUT_OF_MEMORY:
-      return "out of memory";
     default:
       return "unknown status";
   }

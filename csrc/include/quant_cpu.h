@@ -21,11 +21,13 @@ enum QuantCpuStatus {
   QUANT_CPU_NULL_POINTER = 1,
   QUANT_CPU_NEGATIVE_SIZE = 2,
   QUANT_CPU_COLUMNS_OUT_OF_RANGE = 3,
-  QUANT_CPU_INDEX_OUT_OF_RANGE = 4,
-  QUANT_CPU_BAD_HEADS = 5,
-  QUANT_CPU_NO_SUCH_ISA = 6,
   QUANT_CPU_OUT_OF_MEMORY = 7,
+  QUANT_CPU_ISA_UNAVAILABLE = 8,
+  QUANT_CPU_INDEX_OUT_OF_RANGE = 9,
+  QUANT_CPU_BAD_HEADS = 10,
 };
+
+enum QuantCpuType { QUANT_CPU_FP32 = 0, QUANT_CPU_BF16 = 1, QUANT_CPU_FP16 = 2 };
 
 // QUANT_CPU_ABI_VERSION of the library, as opposed to that of this header.
 QUANT_CPU_API int quant_cpu_abi_version(void);
@@ -50,26 +52,36 @@ QUANT_CPU_API int quant_cpu_unpack_int4(const int32_t* packed, int64_t rows, int
 // codes and values [count] are dense and must not overlap. Pointers may be null where count is 0.
 QUANT_CPU_API int quant_cpu_e4m3_to_float(const uint8_t* codes, int64_t count, float* values);
 
+// Instruction sets that this machine runs, best first, separated by spaces, out of amx,
+// avx512_vnni, avx2, portable; static storage.
+QUANT_CPU_API const char* quant_cpu_isas(void);
+
+// The one in use: that of quant_cpu_set_isa, of the environment's QUANT_CPU_ISA, or the best; empty
+// where QUANT_CPU_ISA names none of quant_cpu_isas.
+QUANT_CPU_API const char* quant_cpu_isa(void);
+
+// Use this instruction set from now on; null or "": the environment's or the best again.
+QUANT_CPU_API int quant_cpu_set_isa(const char* name);
+
 // --- Activations, RoPE and attention over the INT4 cache ----------------------------------------
 //
 // What they compute is defined in quant_kernels/reference.py and reference_attention.py. Rows are
 // `..._row` (or `_token`, `_head`) elements apart, and dense inside. `threads` is the most that a
 // call may use; its results do not depend on it. All fields have eight bytes.
 
-enum QuantCpuFloat { QUANT_CPU_BF16 = 0, QUANT_CPU_FP16 = 1, QUANT_CPU_FP32 = 2 };
-enum QuantCpuCode { QUANT_CPU_E4M3 = 0, QUANT_CPU_INT8 = 1 };
+enum QuantCpuCodes { QUANT_CPU_CODES_E4M3 = 0, QUANT_CPU_CODES_INT8 = 1 };
 
 // x [rows, columns] (silu_mul: [rows, 2 columns], the gate first) -> codes [rows, columns] and one
 // scale a row.
 typedef struct QuantCpuTokens {
   const void* x;
   int64_t x_row;
-  int64_t x_type;  // QuantCpuFloat
+  int64_t x_type;  // QuantCpuType
   int64_t rows;
   int64_t columns;
   void* codes;
   int64_t codes_row;
-  int64_t code_type;  // QuantCpuCode
+  int64_t code_type;  // QuantCpuCodes
   float* scale;
   int64_t scale_row;
   int64_t threads;
@@ -161,13 +173,6 @@ typedef struct QuantCpuAttention {
 } QuantCpuAttention;
 
 QUANT_CPU_API int quant_cpu_attention(const QuantCpuAttention* call);
-
-// The instruction set whose kernels run, by name ("amx", "avx512", "avx2", "portable"): the best
-// that the CPU has, or $QUANT_CPU_ISA; null where that names none that it has.
-QUANT_CPU_API const char* quant_cpu_isa(void);
-
-// Chooses another one for the process; null: the one from the beginning. Not while kernels run.
-QUANT_CPU_API int quant_cpu_use_isa(const char* name);
 
 #ifdef __cplusplus
 }

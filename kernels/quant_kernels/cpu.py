@@ -102,20 +102,23 @@ def e4m3_to_float(codes: Tensor) -> Tensor:
     return values
 
 
-def isa() -> str | None:
-    """The instruction set whose kernels run; None where $QUANT_CPU_ISA names another CPU's."""
-    name = library().quant_cpu_isa()
-    return None if name is None else name.decode()
+def isas() -> tuple[str, ...]:
+    """The instruction sets that this machine runs, best first."""
+    return tuple(library().quant_cpu_isas().decode().split())
 
 
-def use_isa(name: str | None) -> None:
-    """Run another instruction set's kernels from now on; None: those of $QUANT_CPU_ISA, or the best.
+def isa() -> str:
+    """The instruction set in use; empty where $QUANT_CPU_ISA names one that is not in `isas`."""
+    return str(library().quant_cpu_isa().decode())
 
-    Raises RuntimeError where this CPU has not got it.
-    """
-    status = library().quant_cpu_use_isa(None if name is None else name.encode())
-    if status:
-        fail(f"use_isa({name!r})", status)
+
+def set_isa(name: str | None) -> None:
+    """Use this instruction set in the whole process; None: $QUANT_CPU_ISA's or the best again."""
+    if library().quant_cpu_set_isa(None if name is None else name.encode()):
+        raise ValueError(
+            f"instruction set {name!r} is unknown, or this machine lacks it; it has: "
+            f"{', '.join(isas())}"
+        )
 
 
 def fail(what: str, status: int) -> NoReturn:
@@ -134,7 +137,8 @@ def _library() -> ctypes.CDLL:
     library.quant_cpu_error_string.argtypes = [ctypes.c_int]
     library.quant_cpu_error_string.restype = ctypes.c_char_p
     library.quant_cpu_isa.restype = ctypes.c_char_p
-    library.quant_cpu_use_isa.argtypes = [ctypes.c_char_p]
+    library.quant_cpu_isas.restype = ctypes.c_char_p
+    library.quant_cpu_set_isa.argtypes = [ctypes.c_char_p]
     library.quant_cpu_unpack_int4.argtypes = [
         ctypes.c_void_p,  # packed
         ctypes.c_int64,  # rows

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from quant_kernels import cpu
 
-FLOAT_TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # QuantCpuFloat
-CODE_TYPES = {torch.float8_e4m3fn: 0, torch.int8: 1}  # QuantCpuCode
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # QuantCpuType
+CODE_TYPES = {torch.float8_e4m3fn: 0, torch.int8: 1}  # QuantCpuCodes
 _TOKENS = Struct("@PqqqqPqqPqq").pack  # QuantCpuTokens
 
 
@@ -34,7 +34,7 @@ def rms_norm_quantize(
     """`ops.rms_norm_quantize`."""
     stream = (None, 0) if residual is None else (residual.data_ptr(), residual.stride(0))
     status = _function("rms_norm_quantize")(
-        _tokens(x, codes, scale), weight.data_ptr(), FLOAT_TYPES[weight.dtype], eps, *stream
+        _tokens(x, codes, scale), weight.data_ptr(), TYPES[weight.dtype], eps, *stream
     )
     if status:
         cpu.fail("rms_norm_quantize", status)
@@ -50,7 +50,7 @@ def silu_mul_quantize(gate_up: Tensor, codes: Tensor, scale: Tensor) -> None:
 def _tokens(x: Tensor, codes: Tensor, scale: Tensor) -> bytes:
     rows, columns = codes.shape
     return _TOKENS(
-        x.data_ptr(), x.stride(0), FLOAT_TYPES[x.dtype], rows, columns,
+        x.data_ptr(), x.stride(0), TYPES[x.dtype], rows, columns,
         codes.data_ptr(), codes.stride(0), CODE_TYPES[codes.dtype],
         scale.data_ptr(), scale.stride(0), torch.get_num_threads(),
     )  # fmt: skip
@@ -63,7 +63,7 @@ def _function(op: str) -> Any:
     if op == "rms_norm_quantize":
         function.argtypes += [
             ctypes.c_void_p,  # weight
-            ctypes.c_int64,  # its QuantCpuFloat
+            ctypes.c_int64,  # its QuantCpuType
             ctypes.c_float,  # eps
             ctypes.c_void_p,  # residual
             ctypes.c_int64,  # elements between its rows

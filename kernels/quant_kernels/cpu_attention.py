@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from quant_kernels import cpu
-from quant_kernels.cpu_activation import FLOAT_TYPES
+from quant_kernels.cpu_activation import TYPES
 from quant_kernels.reference_attention import LOG2_E
 
 _ROPE = Struct("@PqqPqPqPqPqqPqqPqPPPqPqPqPqdqqqqqqq").pack  # QuantCpuRope
@@ -43,7 +43,7 @@ def rope_append(
     tokens, heads, dim = q_codes.shape
     pages, kv_heads = kv_codes.shape[1:3]
     call = _ROPE(
-        qkv.data_ptr(), qkv.stride(0), FLOAT_TYPES[qkv.dtype],
+        qkv.data_ptr(), qkv.stride(0), TYPES[qkv.dtype],
         positions.data_ptr(), positions.dtype == torch.int64,
         slots.data_ptr(), slots.dtype == torch.int64,
         cos.data_ptr(), cos.stride(0), sin.data_ptr(), sin.stride(0), len(cos),
@@ -115,7 +115,7 @@ def _attend(
         q_scale.data_ptr(), q_scale.stride(0), kv_codes.data_ptr(), kv_scales.data_ptr(),
         block_table.data_ptr(), block_table.stride(0), block_table.shape[1],
         cu_seqlens, kv_lens.data_ptr(),
-        out.data_ptr(), out.stride(0), out.stride(1), FLOAT_TYPES[out.dtype],
+        out.data_ptr(), out.stride(0), out.stride(1), TYPES[out.dtype],
         len(kv_lens), tokens, pages, heads, kv_heads, dim,
         sm_scale * LOG2_E, max(window, 0), torch.get_num_threads(),
     )  # fmt: skip
@@ -128,7 +128,7 @@ def _optional(x: Tensor | None, by_type: bool = False) -> tuple[int, int]:
     """Address, and type or row stride, of an argument that may be missing."""
     if x is None:
         return 0, 0
-    return x.data_ptr(), FLOAT_TYPES[x.dtype] if by_type else x.stride(0)
+    return x.data_ptr(), TYPES[x.dtype] if by_type else x.stride(0)
 
 
 @functools.cache

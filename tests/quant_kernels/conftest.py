@@ -9,18 +9,17 @@ import torch
 
 from quant_kernels import cpu
 
-ISAS = ("portable", "avx2", "avx512", "amx")
+ISAS = ("portable", "avx2", "avx512_vnni", "amx")
 
 
 @pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """The CPU kernels of one instruction set after the other; skipped where the CPU lacks it."""
-    try:
-        cpu.use_isa(request.param)
-    except RuntimeError:
-        pytest.skip(f"this CPU has no {request.param}")
+    if request.param not in cpu.isas():
+        pytest.skip(f"this machine has no {request.param}")
+    cpu.set_isa(request.param)
     yield request.param
-    cpu.use_isa(None)
+    cpu.set_isa(None)
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ from torch import Tensor
 from quant_kernels import ops
 from tests.quant_kernels.triton.test_activation import (
     DTYPES,
-    KINDS,
     assert_next_to,
     assert_nothing_else_written,
     assert_same,
@@ -200,9 +199,7 @@ def test_threads_and_neighbours_change_nothing(kind, threads):
         outputs = [poisoned((n, width), kind) for width in (k, k, k // 2)]
         residual = stream[rows].clone()
         ops.quantize_activation(x[rows], *outputs[0], backend="cpu")
-        ops.rms_norm_quantize(
-            x[rows], weight, 1e-6, *outputs[1], residual=residual, backend="cpu"
-        )
+        ops.rms_norm_quantize(x[rows], weight, 1e-6, *outputs[1], residual=residual, backend="cpu")
         ops.silu_mul_quantize(x[rows], *outputs[2], backend="cpu")
         for pair in outputs:
             assert_nothing_else_written(*pair)
