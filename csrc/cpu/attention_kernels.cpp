@@ -57,7 +57,7 @@ struct Queries {
 };
 
 struct PageOperands {
-  alignas(64) uint8_t keys[MAX_HEAD_DIM * PAGE];
+  alignas(64) uint8_t keys[MAX_HEAD_DIM * PAGE];  // 64 rows of channels, whatever D is
   alignas(64) uint8_t values[MAX_HEAD_DIM * PAGE];
   alignas(64) float k_scale[PAGE], k_offset[PAGE], v_scale[PAGE], v_offset[PAGE];
 };
@@ -75,6 +75,7 @@ struct TileCall {
   const Tile& tile;
   int64_t ratio, first_token, length, kv_len;
   Queries q;
+  Products products;
 
   TileCall(const QuantCpuAttention& call, const Tile& tile) : call(call), tile(tile) {
     const int32_t* bounds = call.cu_seqlens;
@@ -101,6 +102,9 @@ struct TileCall {
           store_low_bytes(q.digits[l][r] + i, x);
           x = (x + 128) >> 8;
         }
+      }
+      for (auto& limb : q.digits) {
+        memset(limb[r] + call.head_dim, 0, (call.head_dim + 63) / 64 * 64 - call.head_dim);
       }
       const int32_t total = sum(sums);
       q.start[r] = -8 * total;
@@ -182,18 +186,18 @@ void softmax_row(const PageOperands& page, const Queries& q, int64_t r, int lo, 
 }
 
 // Rows [begin, end) of the tile, some of which see keys of the page that starts at first_key.
-void attend_block(const TileCall& t, const PageOperands& page, int64_t first_key, int64_t begin,
+void attend_block(TileCall& t, const PageOperands& page, int64_t first_key, int64_t begin,
                   int64_t end, State& state, BlockMemory& block) {
   const int64_t rows = end - begin, dim = state.dim;
   const Digits q = {t.q.digits[0][begin], TILE_ROWS * MAX_HEAD_DIM, MAX_HEAD_DIM};
-  products<Q_LIMBS>(q, rows, dim, page.keys, PAGE, t.q.start + begin, block.sums, PAGE);
+  t.products.run<Q_LIMBS>(q, rows, dim, page.keys, PAGE, t.q.start + begin, block.sums, PAGE);
   for (int64_t r = begin; r < end; ++r) {
     const int64_t lo = t.q.first_key[r] - first_key, hi = t.q.end_key[r] - first_key;
     softmax_row(page, t.q, r, lo > 0 ? (int)lo : 0, hi < PAGE ? (int)hi : PAGE, state, block,
                 r - begin);
   }
   const Digits p = {block.digits[0][0], BLOCK_ROWS * PAGE, PAGE};
-  products<P_LIMBS>(p, rows, PAGE, page.values, dim, block.start, block.sums, dim);
+  t.products.run<P_LIMBS>(p, rows, PAGE, page.values, dim, block.start, block.sums, dim);
   for (int64_t r = 0; r < rows; ++r) {
     float* out = state.out + (begin + r) * dim;
     for (int64_t d = 0; d < dim; d += LANES) {
@@ -217,7 +221,7 @@ void read_page(const TileCall& t, int64_t index, PageOperands& page) {
 }
 
 // All pages of one span that rows of the tile see.
-void attend_pages(const TileCall& t, int64_t span, State& state) {
+void attend_pages(TileCall& t, int64_t span, State& state) {
   PageOperands page;
   BlockMemory block;
   state.clear();

@@ -150,28 +150,97 @@ inline void row_block(Digits d, int64_t k_words, const uint8_t* codes, int64_t c
 
 #endif
 
-// columns: a multiple of 32. sums_row: INT32 from row to row.
-template <int LIMBS>
-inline void products(Digits d, int64_t rows, int64_t k, const uint8_t* codes, int64_t columns,
-                     const int32_t* start, int32_t* sums, int64_t sums_row) {
-#if defined(__AVX512VNNI__)
-  constexpr int ROWS = 6 / LIMBS;
-#else
-  constexpr int ROWS = 1;
-#endif
-  int64_t r = 0;
-  const auto part = [&](int64_t count) {
-    const Digits at = {d.at + r * d.row, d.limb, d.row};
-    if (count == ROWS) {
-      row_block<LIMBS, ROWS>(at, k / 4, codes, columns, start + r, sums + r * sums_row, sums_row);
-    } else {
-      row_block<LIMBS, 1>(at, k / 4, codes, columns, start + r, sums + r * sums_row, sums_row);
+// columns: a multiple of 32; sums_row: INT32 from row to row. One object for a thread and call.
+class Products {
+ public:
+  Products() = default;
+  Products(const Products&) = delete;
+  Products& operator=(const Products&) = delete;
+
+#if defined(__AMX_INT8__)
+
+  // Digits and codes are there, whatever they are, up to a multiple of 64 k, and digits behind k
+  // are 0. rows <= 16.
+  template <int LIMBS>
+  void run(Digits d, int64_t rows, int64_t k, const uint8_t* codes, int64_t columns,
+           const int32_t* start, int32_t* sums, int64_t sums_row) {
+    configure(static_cast<int>(rows));
+    alignas(64) int32_t limbs[LIMBS][16][16];
+    for (int64_t n = 0; n < columns; n += 16) {
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      for (int64_t i = 0; i < k; i += 64) {
+        _tile_loadd(3, codes + (i / 4 * columns + n) * 4, columns * 4);
+        _tile_loadd(4, d.at + i, d.row);
+        _tile_dpbsud(0, 4, 3);
+        _tile_loadd(5, d.at + d.limb + i, d.row);
+        _tile_dpbsud(1, 5, 3);
+        if (LIMBS == 3) {
+          _tile_loadd(6, d.at + 2 * d.limb + i, d.row);
+          _tile_dpbsud(2, 6, 3);
+        }
+      }
+      _tile_stored(0, limbs[0], 64);
+      _tile_stored(1, limbs[1], 64);
+      if (LIMBS == 3) _tile_stored(2, limbs[LIMBS - 1], 64);
+      for (int64_t r = 0; r < rows; ++r) {
+        __m512i sum = _mm512_add_epi32(_mm512_set1_epi32(start[r]), _mm512_load_si512(limbs[0][r]));
+        for (int l = 1; l < LIMBS; ++l) {
+          const __m512i limb = _mm512_load_si512(limbs[l][r]);
+          sum = _mm512_add_epi32(sum, _mm512_slli_epi32(limb, 8 * l));
+        }
+        _mm512_storeu_si512(sums + r * sums_row + n, sum);
+      }
     }
-    r += count;
-  };
-  while (r + ROWS <= rows) part(ROWS);
-  while (r < rows) part(1);
-}
+  }
+
+  ~Products() {
+    if (rows_ != 0) _tile_release();
+  }
+
+ private:
+  int rows_ = 0;
+
+  // Tiles 0 .. 2: sums; 3: codes; 4 .. 6: digits.
+  void configure(int rows) {
+    if (rows == rows_) return;
+    rows_ = rows;
+    struct {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16];
+    } config;
+    for (int i = 0; i < 16; ++i) config.rows[i] = i == 3 ? 16 : i < 7 ? rows : 0;
+    _tile_loadconfig(&config);
+  }
+
+#else
+
+  template <int LIMBS>
+  void run(Digits d, int64_t rows, int64_t k, const uint8_t* codes, int64_t columns,
+           const int32_t* start, int32_t* sums, int64_t sums_row) {
+#if defined(__AVX512VNNI__)
+    constexpr int ROWS = 6 / LIMBS;
+#else
+    constexpr int ROWS = 1;
+#endif
+    int64_t r = 0;
+    const auto part = [&](int64_t count) {
+      const Digits at = {d.at + r * d.row, d.limb, d.row};
+      if (count == ROWS) {
+        row_block<LIMBS, ROWS>(at, k / 4, codes, columns, start + r, sums + r * sums_row, sums_row);
+      } else {
+        row_block<LIMBS, 1>(at, k / 4, codes, columns, start + r, sums + r * sums_row, sums_row);
+      }
+      r += count;
+    };
+    while (r + ROWS <= rows) part(ROWS);
+    while (r < rows) part(1);
+  }
+
+#endif
+};
 
 }  // namespace QUANT_ISA
 }  // namespace quant

@@ -1,4 +1,9 @@
 // Which kernels run: the widest that this machine has, or those that somebody asked for by name.
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -17,9 +22,24 @@ extern const OpKernels table;
 namespace avx512 {
 extern const OpKernels table;
 }
+namespace amx {
+extern const OpKernels table;
+}
 #endif
 
 namespace {
+
+#if defined(__x86_64__)
+// Linux keeps tile registers for processes that asked for them.
+bool may_use_tiles() {
+#if defined(__linux__)
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 struct Isa {
   const char* name;
@@ -35,7 +55,10 @@ struct Isas {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
-  const Isa all[3] = {{"avx512_vnni", avx512, &avx512::table},
+  const bool amx = avx512 && __builtin_cpu_supports("amx-tile") &&
+                   __builtin_cpu_supports("amx-int8") && may_use_tiles();
+  const Isa all[4] = {{"amx", amx, &amx::table},
+                      {"avx512_vnni", avx512, &avx512::table},
                       {"avx2", avx2, &avx2::table},
                       {"portable", true, &portable::table}};
 #else

@@ -87,9 +87,8 @@ inline F32 min(F32 a, F32 b) { return _mm256_min_ps(a, b); }
 inline I32 max(I32 a, I32 b) { return (I32)_mm256_max_epi32((__m256i)a, (__m256i)b); }
 inline void store_low_bytes(void* p, I32 x) {
   const __m256i picked = _mm256_shuffle_epi8((__m256i)x, _mm256_set1_epi32(0x0C080400));
-  const int64_t low = (uint32_t)_mm256_extract_epi32(picked, 0);
-  const int64_t both = low | (int64_t)_mm256_extract_epi32(picked, 4) << 32;
-  memcpy(p, &both, 8);
+  const int32_t words[2] = {_mm256_extract_epi32(picked, 0), _mm256_extract_epi32(picked, 4)};
+  memcpy(p, words, 8);
 }
 #else
 inline F32 fma(F32 a, F32 b, F32 c) { return a * b + c; }
