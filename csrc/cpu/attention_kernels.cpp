@@ -22,7 +22,7 @@ namespace QUANT_ISA {
 namespace {
 
 constexpr int Q_LIMBS = 3, P_LIMBS = 2;
-constexpr int BLOCK_ROWS = 16;  // rows whose scores and sums stay in the L1 cache
+constexpr int BLOCK_ROWS = 30;  // rows whose scores and sums stay in the L1 cache
 constexpr int SUM_LANES = 16;   // that l and sum p o of a row are kept in, at most
 // Below every score, but finite: the difference of two of them is 0.
 constexpr float LOWEST = -1e30f;
@@ -49,7 +49,8 @@ struct State {
 };
 
 struct Queries {
-  alignas(64) int8_t digits[Q_LIMBS][TILE_ROWS][MAX_HEAD_DIM];
+  // Rows behind the last are read by tiles, whatever is there.
+  alignas(64) int8_t digits[TILE_ROWS + 6][Q_LIMBS][MAX_HEAD_DIM];
   int32_t start[TILE_ROWS];                          // -8 sum(Q), since codes are stored plus 8
   float sum[TILE_ROWS];                              // of Q, times 2^9
   float unit[TILE_ROWS];                             // times 2^-9
@@ -64,7 +65,7 @@ struct PageOperands {
 
 struct BlockMemory {
   alignas(64) int32_t sums[BLOCK_ROWS * MAX_HEAD_DIM];
-  alignas(64) int8_t digits[P_LIMBS][BLOCK_ROWS][PAGE];
+  alignas(64) int8_t digits[BLOCK_ROWS + 8][P_LIMBS][PAGE];
   int32_t start[BLOCK_ROWS];
   float fade[BLOCK_ROWS], back[BLOCK_ROWS];
 };
@@ -99,12 +100,12 @@ struct TileCall {
         sums += x;
         nan |= (code & 127) == 127;
         for (int l = 0; l < Q_LIMBS; ++l) {
-          store_low_bytes(q.digits[l][r] + i, x);
+          store_low_bytes(q.digits[r][l] + i, x);
           x = (x + 128) >> 8;
         }
       }
-      for (auto& limb : q.digits) {
-        memset(limb[r] + call.head_dim, 0, (call.head_dim + 63) / 64 * 64 - call.head_dim);
+      for (auto& limb : q.digits[r]) {
+        memset(limb + call.head_dim, 0, (call.head_dim + 63) / 64 * 64 - call.head_dim);
       }
       const int32_t total = sum(sums);
       q.start[r] = -8 * total;
@@ -177,8 +178,8 @@ void softmax_row(const PageOperands& page, const Queries& q, int64_t r, int lo, 
   for (int j = 0; j < N; ++j) {
     const I32 digits = to_int(round_e4m3_integers(finite ? x[j] * up : F32{}));
     row_sum += digits;
-    store_low_bytes(block.digits[0][in_block] + j * LANES, digits);
-    store_low_bytes(block.digits[1][in_block] + j * LANES, (digits + 128) >> 8);
+    store_low_bytes(block.digits[in_block][0] + j * LANES, digits);
+    store_low_bytes(block.digits[in_block][1] + j * LANES, (digits + 128) >> 8);
   }
   block.start[in_block] = -8 * sum(row_sum);
   block.fade[in_block] = fade;
@@ -189,14 +190,14 @@ void softmax_row(const PageOperands& page, const Queries& q, int64_t r, int lo, 
 void attend_block(TileCall& t, const PageOperands& page, int64_t first_key, int64_t begin,
                   int64_t end, State& state, BlockMemory& block) {
   const int64_t rows = end - begin, dim = state.dim;
-  const Digits q = {t.q.digits[0][begin], TILE_ROWS * MAX_HEAD_DIM, MAX_HEAD_DIM};
+  const Digits q = {t.q.digits[begin][0], MAX_HEAD_DIM};
   t.products.run<Q_LIMBS>(q, rows, dim, page.keys, PAGE, t.q.start + begin, block.sums, PAGE);
   for (int64_t r = begin; r < end; ++r) {
     const int64_t lo = t.q.first_key[r] - first_key, hi = t.q.end_key[r] - first_key;
     softmax_row(page, t.q, r, lo > 0 ? (int)lo : 0, hi < PAGE ? (int)hi : PAGE, state, block,
                 r - begin);
   }
-  const Digits p = {block.digits[0][0], BLOCK_ROWS * PAGE, PAGE};
+  const Digits p = {block.digits[0][0], PAGE};
   t.products.run<P_LIMBS>(p, rows, PAGE, page.values, dim, block.start, block.sums, dim);
   for (int64_t r = 0; r < rows; ++r) {
     float* out = state.out + (begin + r) * dim;

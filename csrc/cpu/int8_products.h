@@ -1,6 +1,6 @@
 // Exact products of integers written in base 256 with 4-bit codes:
 //
-//   sums[r, n] = start[r] + sum_l 256^l sum_k digits[l, r, k] codes[k / 4, n, k % 4]
+//   sums[r, n] = start[r] + sum_l 256^l sum_k digits[r, l, k] codes[k / 4, n, k % 4]
 //
 // digits are int8 in [-128, 127], codes 0 .. 15. All sums are INT32 that nothing overflows, so they
 // are the same in any order, on any instruction set, for any number of rows. Codes lie as the byte
@@ -13,10 +13,10 @@
 namespace quant {
 namespace QUANT_ISA {
 
-// digits[l, r, k] is at l * limb + r * row + k.
+// digits[r, l, k] is at (r LIMBS + l) stride + k.
 struct Digits {
   const int8_t* at;
-  int64_t limb, row;
+  int64_t stride;
 };
 
 inline int32_t four_digits(const int8_t* p) {
@@ -55,7 +55,7 @@ inline void block(Digits d, int64_t k_words, const uint8_t* codes, int64_t colum
     for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 3
       for (int l = 0; l < LIMBS; ++l) {
-        const __m512i digit = _mm512_set1_epi32(four_digits(d.at + l * d.limb + r * d.row + 4 * g));
+        const __m512i digit = _mm512_set1_epi32(four_digits(d.at + (r * LIMBS + l) * d.stride + 4 * g));
 #pragma GCC unroll 4
         for (int v = 0; v < VECTORS; ++v) dot(acc[r][l][v], code[v], digit);
       }
@@ -104,7 +104,7 @@ inline void row_block(Digits d, int64_t k_words, const uint8_t* codes, int64_t c
                                  _mm256_loadu_si256((const __m256i*)(p + 32))};
 #pragma GCC unroll 3
         for (int l = 0; l < LIMBS; ++l) {
-          const __m256i digit = _mm256_set1_epi32(four_digits(d.at + l * d.limb + 4 * g));
+          const __m256i digit = _mm256_set1_epi32(four_digits(d.at + l * d.stride + 4 * g));
           for (int v = 0; v < 2; ++v) {
             part[l][v] = _mm256_add_epi16(part[l][v], _mm256_maddubs_epi16(code[v], digit));
           }
@@ -137,7 +137,7 @@ inline void row_block(Digits d, int64_t k_words, const uint8_t* codes, int64_t c
   for (int64_t g = 0; g < k_words; ++g) {
     int32_t digit[4] = {};
     for (int l = 0; l < LIMBS; ++l) {
-      for (int j = 0; j < 4; ++j) digit[j] += d.at[l * d.limb + 4 * g + j] * (1 << (8 * l));
+      for (int j = 0; j < 4; ++j) digit[j] += d.at[l * d.stride + 4 * g + j] * (1 << (8 * l));
     }
     const uint8_t* p = codes + g * columns * 4;
     for (int64_t n = 0; n < columns; ++n) {
@@ -159,59 +159,59 @@ class Products {
 
 #if defined(__AMX_INT8__)
 
-  // Digits and codes are there, whatever they are, up to a multiple of 64 k, and digits behind k
-  // are 0. rows <= 16.
+  // The digits of a number are rows of a tile of 16, and 32 columns two tiles of sums. Behind the
+  // last row, and behind k up to a multiple of 64, there may be anything, but digits are there to be
+  // read, and 0 behind k.
   template <int LIMBS>
   void run(Digits d, int64_t rows, int64_t k, const uint8_t* codes, int64_t columns,
            const int32_t* start, int32_t* sums, int64_t sums_row) {
-    configure(static_cast<int>(rows));
-    alignas(64) int32_t limbs[LIMBS][16][16];
-    for (int64_t n = 0; n < columns; n += 16) {
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      for (int64_t i = 0; i < k; i += 64) {
-        _tile_loadd(3, codes + (i / 4 * columns + n) * 4, columns * 4);
-        _tile_loadd(4, d.at + i, d.row);
-        _tile_dpbsud(0, 4, 3);
-        _tile_loadd(5, d.at + d.limb + i, d.row);
-        _tile_dpbsud(1, 5, 3);
-        if (LIMBS == 3) {
-          _tile_loadd(6, d.at + 2 * d.limb + i, d.row);
-          _tile_dpbsud(2, 6, 3);
+    constexpr int ROWS = 16 / LIMBS;
+    configure();
+    alignas(64) int32_t parts[2][16][16];
+    for (int64_t first = 0; first < rows; first += ROWS) {
+      const int64_t end = first + ROWS < rows ? first + ROWS : rows;
+      for (int64_t n = 0; n < columns; n += 32) {
+        _tile_zero(0);
+        _tile_zero(1);
+        for (int64_t i = 0; i < k; i += 64) {
+          const uint8_t* p = codes + (i / 4 * columns + n) * 4;
+          _tile_loadd(2, d.at + first * LIMBS * d.stride + i, d.stride);
+          _tile_loadd(3, p, columns * 4);
+          _tile_dpbsud(0, 2, 3);
+          _tile_loadd(4, p + 64, columns * 4);
+          _tile_dpbsud(1, 2, 4);
         }
-      }
-      _tile_stored(0, limbs[0], 64);
-      _tile_stored(1, limbs[1], 64);
-      if (LIMBS == 3) _tile_stored(2, limbs[LIMBS - 1], 64);
-      for (int64_t r = 0; r < rows; ++r) {
-        __m512i sum = _mm512_add_epi32(_mm512_set1_epi32(start[r]), _mm512_load_si512(limbs[0][r]));
-        for (int l = 1; l < LIMBS; ++l) {
-          const __m512i limb = _mm512_load_si512(limbs[l][r]);
-          sum = _mm512_add_epi32(sum, _mm512_slli_epi32(limb, 8 * l));
+        _tile_stored(0, parts[0], 64);
+        _tile_stored(1, parts[1], 64);
+        for (int64_t r = first; r < end; ++r) {
+          for (int half = 0; half < 2; ++half) {
+            __m512i sum = _mm512_set1_epi32(start[r]);
+            for (int l = 0; l < LIMBS; ++l) {
+              const __m512i part = _mm512_load_si512(parts[half][(r - first) * LIMBS + l]);
+              sum = _mm512_add_epi32(sum, _mm512_slli_epi32(part, 8 * l));
+            }
+            _mm512_storeu_si512(sums + r * sums_row + n + 16 * half, sum);
+          }
         }
-        _mm512_storeu_si512(sums + r * sums_row + n, sum);
       }
     }
   }
 
   ~Products() {
-    if (rows_ != 0) _tile_release();
+    if (configured_) _tile_release();
   }
 
  private:
-  int rows_ = 0;
+  bool configured_ = false;
 
-  // Tiles 0 .. 2: sums; 3: codes; 4 .. 6: digits.
-  void configure(int rows) {
-    if (rows == rows_) return;
-    rows_ = rows;
+  void configure() {
+    if (configured_) return;
+    configured_ = true;
     struct {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16];
+      uint16_t bytes[16] = {64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16};
     } config;
-    for (int i = 0; i < 16; ++i) config.rows[i] = i == 3 ? 16 : i < 7 ? rows : 0;
     _tile_loadconfig(&config);
   }
 
@@ -227,7 +227,7 @@ class Products {
 #endif
     int64_t r = 0;
     const auto part = [&](int64_t count) {
-      const Digits at = {d.at + r * d.row, d.limb, d.row};
+      const Digits at = {d.at + r * LIMBS * d.stride, d.stride};
       if (count == ROWS) {
         row_block<LIMBS, ROWS>(at, k / 4, codes, columns, start + r, sums + r * sums_row, sums_row);
       } else {

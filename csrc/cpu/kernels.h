@@ -11,7 +11,7 @@ namespace quant {
 constexpr int PAGE = 64;  // tokens of a page of the cache: packing.KV_PAGE
 constexpr int MAX_HEAD_DIM = 256;
 constexpr int SPAN_PAGES = 16;  // pages that are summed before their sum joins the others
-constexpr int TILE_ROWS = 64;   // (token, query head) rows of a KV head that share its pages
+constexpr int TILE_ROWS = 60;   // (token, query head) rows of a KV head that share its pages
 
 struct Norm {
   const void* weight;
