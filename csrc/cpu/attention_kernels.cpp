@@ -266,9 +266,10 @@ void finish_as(const TileCall& t, const State& state) {
              t.head(r) * t.call.out_head;
     const float total = sum(load(state.total + r * SUM_LANES));
     const float offset = sum(load(state.offsets + r * SUM_LANES));
+    alignas(64) float ordered[MAX_HEAD_DIM];
+    order_channels(state.out + r * state.dim, state.dim, ordered);
     for (int64_t d = 0; d < state.dim; d += LANES) {
-      const F32 x = (load(state.out + r * state.dim + d) + offset) / (total == 0.0f ? 1.0f : total);
-      store(out + d, x);
+      store(out + d, (load(ordered + d) + offset) / (total == 0.0f ? 1.0f : total));
     }
   }
 }

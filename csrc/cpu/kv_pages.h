@@ -15,66 +15,132 @@ namespace QUANT_ISA {
 
 #if defined(__AVX2__)
 
-// The same 16 bytes of rows first .. first + 7: row first + i in the low half of vector i, row
-// first + 4 + i in the high half. Nibbles become codes + 8.
-struct EightRows {
-  __m256i of[4];
-  EightRows(const uint8_t* rows, int64_t half, int64_t first, int64_t byte) {
-    for (int i = 0; i < 4; ++i) {
-      const uint8_t* p = rows + (first + i) * half + byte;
-      const __m128i low = _mm_loadu_si128((const __m128i*)p);
-      const __m128i high = _mm_loadu_si128((const __m128i*)(p + 4 * half));
-      of[i] = _mm256_xor_si256(_mm256_set_m128i(high, low), _mm256_set1_epi8((char)0x88));
-    }
-  }
-};
+#if defined(__AVX512F__)
+typedef __m512i Bytes;
+inline Bytes low_words(Bytes a, Bytes b) { return _mm512_unpacklo_epi32(a, b); }
+inline Bytes high_words(Bytes a, Bytes b) { return _mm512_unpackhi_epi32(a, b); }
+inline Bytes low_pairs(Bytes a, Bytes b) { return _mm512_unpacklo_epi64(a, b); }
+inline Bytes high_pairs(Bytes a, Bytes b) { return _mm512_unpackhi_epi64(a, b); }
+inline Bytes low_bytes(Bytes a, Bytes b) { return _mm512_unpacklo_epi8(a, b); }
+inline Bytes high_bytes(Bytes a, Bytes b) { return _mm512_unpackhi_epi8(a, b); }
+inline Bytes low_halves(Bytes a, Bytes b) { return _mm512_unpacklo_epi16(a, b); }
+inline Bytes high_halves(Bytes a, Bytes b) { return _mm512_unpackhi_epi16(a, b); }
+inline Bytes shifted(Bytes x) { return _mm512_srli_epi16(x, 4); }
+inline Bytes every(int byte) { return _mm512_set1_epi8(static_cast<char>(byte)); }
+inline Bytes four_rows(const uint8_t* p, int64_t step) {
+  Bytes x = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i*)p));
+  x = _mm512_inserti32x4(x, _mm_loadu_si128((const __m128i*)(p + step)), 1);
+  x = _mm512_inserti32x4(x, _mm_loadu_si128((const __m128i*)(p + 2 * step)), 2);
+  return _mm512_inserti32x4(x, _mm_loadu_si128((const __m128i*)(p + 3 * step)), 3);
+}
+#else
+typedef __m256i Bytes;
+inline Bytes low_words(Bytes a, Bytes b) { return _mm256_unpacklo_epi32(a, b); }
+inline Bytes high_words(Bytes a, Bytes b) { return _mm256_unpackhi_epi32(a, b); }
+inline Bytes low_pairs(Bytes a, Bytes b) { return _mm256_unpacklo_epi64(a, b); }
+inline Bytes high_pairs(Bytes a, Bytes b) { return _mm256_unpackhi_epi64(a, b); }
+inline Bytes low_bytes(Bytes a, Bytes b) { return _mm256_unpacklo_epi8(a, b); }
+inline Bytes high_bytes(Bytes a, Bytes b) { return _mm256_unpackhi_epi8(a, b); }
+inline Bytes low_halves(Bytes a, Bytes b) { return _mm256_unpacklo_epi16(a, b); }
+inline Bytes high_halves(Bytes a, Bytes b) { return _mm256_unpackhi_epi16(a, b); }
+inline Bytes shifted(Bytes x) { return _mm256_srli_epi16(x, 4); }
+inline Bytes every(int byte) { return _mm256_set1_epi8(static_cast<char>(byte)); }
+inline Bytes four_rows(const uint8_t* p, int64_t step) {
+  const __m128i low = _mm_loadu_si128((const __m128i*)p);
+  return _mm256_set_m128i(_mm_loadu_si128((const __m128i*)(p + step)), low);
+}
+#endif
 
-inline __m256i low_nibbles(__m256i x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
-inline __m256i high_nibbles(__m256i x) { return low_nibbles(_mm256_srli_epi16(x, 4)); }
+constexpr int QUADS = sizeof(Bytes) / 16;
 
+// Nibbles of rows as codes + 8, still two a byte.
+inline Bytes biased(Bytes x) { return x ^ every(0x88); }
+inline Bytes low_codes(Bytes x) { return x & every(15); }
+inline Bytes high_codes(Bytes x) { return shifted(x) & every(15); }
+
+// QUADS times four rows, 16 bytes of each: row t + i + 4 q is part q of vector i. A transposition
+// of 32-bit words makes part q of vector j word j of rows t + 4 q .. t + 4 q + 3.
 inline void unpack_keys(const uint8_t* rows, int64_t dim, uint8_t* codes) {
   const int64_t half = dim / 2;
   for (int64_t byte = 0; byte < half; byte += 16) {
     uint8_t* low = codes + byte * PAGE;
     uint8_t* high = low + half * PAGE;
-    for (int64_t t = 0; t < PAGE; t += 8) {
-      const EightRows x(rows, half, t, byte);
-      const __m256i a = _mm256_unpacklo_epi32(x.of[0], x.of[1]);
-      const __m256i b = _mm256_unpackhi_epi32(x.of[0], x.of[1]);
-      const __m256i c = _mm256_unpacklo_epi32(x.of[2], x.of[3]);
-      const __m256i d = _mm256_unpackhi_epi32(x.of[2], x.of[3]);
-      const __m256i words[4] = {_mm256_unpacklo_epi64(a, c), _mm256_unpackhi_epi64(a, c),
-                                _mm256_unpacklo_epi64(b, d), _mm256_unpackhi_epi64(b, d)};
+    for (int64_t t = 0; t < PAGE; t += 4 * QUADS) {
+      Bytes x[4];
+      for (int i = 0; i < 4; ++i) x[i] = biased(four_rows(rows + (t + i) * half + byte, 4 * half));
+      const Bytes a = low_words(x[0], x[1]), b = high_words(x[0], x[1]);
+      const Bytes c = low_words(x[2], x[3]), d = high_words(x[2], x[3]);
+      const Bytes words[4] = {low_pairs(a, c), high_pairs(a, c), low_pairs(b, d), high_pairs(b, d)};
       for (int j = 0; j < 4; ++j) {
         const int64_t place = (j * PAGE + t) * 4;
-        _mm256_storeu_si256((__m256i*)(low + place), low_nibbles(words[j]));
-        _mm256_storeu_si256((__m256i*)(high + place), high_nibbles(words[j]));
+        const Bytes even = low_codes(words[j]), odd = high_codes(words[j]);
+        memcpy(low + place, &even, sizeof(even));
+        memcpy(high + place, &odd, sizeof(odd));
       }
     }
   }
 }
 
+// The bytes of four rows interleaved: 16 of each become four vectors of four columns, `parts` of 16
+// side by side. Columns are stored as they come: column 4 (parts j + q) + i of a group is channel
+// 16 q + 4 j + i of it, which order_channels puts right.
+struct Group {
+  int64_t byte, parts;
+  Group(int64_t half, int64_t byte) : byte(byte) {
+    const int64_t left = (half - byte) / 16;
+    parts = left < QUADS ? left : QUADS;
+  }
+};
+
+#if defined(__AVX512F__)
+inline Bytes load_parts(const uint8_t* p, int64_t parts) {
+  return _mm512_maskz_loadu_epi32((1 << 4 * parts) - 1, p);
+}
+inline void store_parts(uint8_t* p, Bytes x, int64_t parts) {
+  _mm512_mask_storeu_epi32(p, (1 << 4 * parts) - 1, x);
+}
+#else
+inline Bytes load_parts(const uint8_t* p, int64_t parts) {
+  if (parts == 2) return _mm256_loadu_si256((const __m256i*)p);
+  return _mm256_castsi128_si256(_mm_loadu_si128((const __m128i*)p));
+}
+inline void store_parts(uint8_t* p, Bytes x, int64_t parts) {
+  if (parts == 2) return _mm256_storeu_si256((__m256i*)p, x);
+  _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(x));
+}
+#endif
+
 inline void unpack_values(const uint8_t* rows, int64_t dim, uint8_t* codes) {
   const int64_t half = dim / 2;
-  for (int64_t t = 0; t < PAGE; t += 8) {
-    uint8_t* first = codes + t * dim;  // of tokens t .. t + 3; the next four are 4 dim further
-    for (int64_t byte = 0; byte < half; byte += 16) {
-      const EightRows x(rows, half, t, byte);
-      const __m256i a = _mm256_unpacklo_epi8(x.of[0], x.of[1]);
-      const __m256i b = _mm256_unpackhi_epi8(x.of[0], x.of[1]);
-      const __m256i c = _mm256_unpacklo_epi8(x.of[2], x.of[3]);
-      const __m256i d = _mm256_unpackhi_epi8(x.of[2], x.of[3]);
-      const __m256i words[4] = {_mm256_unpacklo_epi16(a, c), _mm256_unpackhi_epi16(a, c),
-                                _mm256_unpacklo_epi16(b, d), _mm256_unpackhi_epi16(b, d)};
-      const auto store_both = [&](uint8_t* p, __m256i x) {
-        _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(x));
-        _mm_storeu_si128((__m128i*)(p + 4 * dim), _mm256_extracti128_si256(x, 1));
-      };
-      for (int j = 0; j < 4; ++j) {
-        uint8_t* place = first + (byte + 4 * j) * 4;
-        store_both(place, low_nibbles(words[j]));
-        store_both(place + half * 4, high_nibbles(words[j]));
+  for (int64_t byte = 0; byte < half; byte += 16 * QUADS) {
+    const Group group(half, byte);
+    for (int64_t t = 0; t < PAGE; t += 4) {
+      Bytes x[4];
+      for (int i = 0; i < 4; ++i) {
+        x[i] = biased(load_parts(rows + (t + i) * half + byte, group.parts));
       }
+      const Bytes a = low_bytes(x[0], x[1]), b = high_bytes(x[0], x[1]);
+      const Bytes c = low_bytes(x[2], x[3]), d = high_bytes(x[2], x[3]);
+      const Bytes words[4] = {low_halves(a, c), high_halves(a, c), low_halves(b, d),
+                              high_halves(b, d)};
+      uint8_t* place = codes + (t / 4 * dim + byte) * 4;
+      for (int j = 0; j < 4; ++j) {
+        store_parts(place + 16 * group.parts * j, low_codes(words[j]), group.parts);
+        store_parts(place + 16 * group.parts * j + half * 4, high_codes(words[j]), group.parts);
+      }
+    }
+  }
+}
+
+// Sums [dim] in the order of columns -> of channels.
+inline void order_channels(const float* sums, int64_t dim, float* ordered) {
+  const int64_t half = dim / 2;
+  for (int64_t byte = 0; byte < half; byte += 16 * QUADS) {
+    const Group group(half, byte);
+    for (int64_t i = 0; i < 4 * group.parts; ++i) {
+      const int64_t from = byte + 4 * i, to = byte + i % group.parts * 16 + i / group.parts * 4;
+      memcpy(ordered + to, sums + from, 16);
+      memcpy(ordered + half + to, sums + half + from, 16);
     }
   }
 }
@@ -103,6 +169,10 @@ inline void unpack_values(const uint8_t* rows, int64_t dim, uint8_t* codes) {
       low[half * 4] = both >> 4;
     }
   }
+}
+
+inline void order_channels(const float* sums, int64_t dim, float* ordered) {
+  memcpy(ordered, sums, sizeof(float) * dim);
 }
 
 #endif
