@@ -11,7 +11,7 @@ const char* quant_cpu_error_string(int status) {
     case QUANT_CPU_NEGATIVE_SIZE:
       return "a size is negative";
     case QUANT_CPU_COLUMNS_OUT_OF_RANGE:
-      return "columns exceeds 8 * words_per_row";
+      return "columns is 0 or exceeds 8 * words_per_row";
     case QUANT_CPU_UNKNOWN_TYPE:
       return "a number type is none of those in quant_cpu.h";
     case QUANT_CPU_RAGGED_GROUPS:
@@ -22,6 +22,10 @@ const char* quant_cpu_error_string(int status) {
       return "no memory for intermediate results";
     case QUANT_CPU_ISA_UNAVAILABLE:
       return "the instruction set that was asked for is unknown, or this machine lacks it";
+    case QUANT_CPU_INDEX_OUT_OF_RANGE:
+      return "a position, slot, page or sequence is out of range";
+    case QUANT_CPU_BAD_HEADS:
+      return "query heads do not divide among KV heads, or head_dim is no multiple of 32 up to 256";
     default:
       return "unknown status";
   }

@@ -26,6 +26,8 @@ enum QuantCpuStatus {
   QUANT_CPU_NOT_A_PAIR = 6,
   QUANT_CPU_OUT_OF_MEMORY = 7,
   QUANT_CPU_ISA_UNAVAILABLE = 8,
+  QUANT_CPU_INDEX_OUT_OF_RANGE = 9,
+  QUANT_CPU_BAD_HEADS = 10,
 };
 
 enum QuantCpuType { QUANT_CPU_FP32 = 0, QUANT_CPU_BF16 = 1, QUANT_CPU_FP16 = 2 };
@@ -56,8 +58,8 @@ QUANT_CPU_API int quant_cpu_unpack_int4(const int32_t* packed, int64_t rows, int
 // codes and values [count] are dense and must not overlap. Pointers may be null where count is 0.
 QUANT_CPU_API int quant_cpu_e4m3_to_float(const uint8_t* codes, int64_t count, float* values);
 
-// Instruction sets that this machine runs, best first, separated by spaces, out of avx512_vnni,
-// avx_vnni, avx2, portable; static storage.
+// Instruction sets that this machine runs, best first, separated by spaces, out of amx,
+// avx512_vnni, avx_vnni, avx2, portable; static storage.
 QUANT_CPU_API const char* quant_cpu_isas(void);
 
 // The one in use: that of quant_cpu_set_isa, of the environment's QUANT_CPU_ISA, or the best; empty
@@ -85,6 +87,116 @@ QUANT_CPU_API int quant_cpu_gemm(const void* x, int64_t x_stride, const float* x
                                  int out_type, const void* bias, int bias_type,
                                  const void* residual, int64_t residual_stride, int residual_type,
                                  int silu_mul, int threads);
+// --- Activations, RoPE and attention over the INT4 cache ----------------------------------------
+//
+// What they compute is defined in quant_kernels/reference.py and reference_attention.py. Rows are
+// `..._row` (or `_token`, `_head`) elements apart, and dense inside. `threads` is the most that a
+// call may use; its results do not depend on it. All fields have eight bytes.
+
+enum QuantCpuCodes { QUANT_CPU_CODES_E4M3 = 0, QUANT_CPU_CODES_INT8 = 1 };
+
+// x [rows, columns] (silu_mul: [rows, 2 columns], the gate first) -> codes [rows, columns] and one
+// scale a row.
+typedef struct QuantCpuTokens {
+  const void* x;
+  int64_t x_row;
+  int64_t x_type;  // QuantCpuType
+  int64_t rows;
+  int64_t columns;
+  void* codes;
+  int64_t codes_row;
+  int64_t code_type;  // QuantCpuCodes
+  float* scale;
+  int64_t scale_row;
+  int64_t threads;
+} QuantCpuTokens;
+
+QUANT_CPU_API int quant_cpu_quantize_activation(const QuantCpuTokens* call);
+
+// weight [columns]; residual [rows, columns] of x's type, or null, becomes x + residual.
+QUANT_CPU_API int quant_cpu_rms_norm_quantize(const QuantCpuTokens* call, const void* weight,
+                                              int64_t weight_type, float eps, void* residual,
+                                              int64_t residual_row);
+
+QUANT_CPU_API int quant_cpu_silu_mul_quantize(const QuantCpuTokens* call);
+
+// qkv [tokens, (heads + 2 kv_heads) head_dim]; positions, slots [tokens], int64 where wide, else
+// int32; cos, sin [table_rows, head_dim / 2]. q_norm, k_norm [head_dim], or null; key_scale,
+// key_shift [kv_heads, head_dim], or null. q_codes [tokens, heads, head_dim], q_scale [tokens,
+// heads]; kv_codes [2, pages, kv_heads, 64, head_dim / 2] and kv_scales [..., 2] (FP16), dense.
+typedef struct QuantCpuRope {
+  const void* qkv;
+  int64_t qkv_row;
+  int64_t qkv_type;
+  const void* positions;
+  int64_t wide_positions;
+  const void* slots;
+  int64_t wide_slots;
+  const float* cos;
+  int64_t cos_row;
+  const float* sin;
+  int64_t sin_row;
+  int64_t table_rows;
+  uint8_t* q_codes;
+  int64_t q_token;
+  int64_t q_head;
+  float* q_scale;
+  int64_t q_scale_token;
+  uint8_t* kv_codes;
+  uint16_t* kv_scales;
+  const void* q_norm;
+  int64_t q_norm_type;
+  const void* k_norm;
+  int64_t k_norm_type;
+  const float* key_scale;
+  int64_t key_scale_row;
+  const float* key_shift;
+  int64_t key_shift_row;
+  double eps;
+  int64_t symmetric;
+  int64_t tokens;
+  int64_t pages;
+  int64_t heads;
+  int64_t kv_heads;
+  int64_t head_dim;
+  int64_t threads;
+} QuantCpuRope;
+
+QUANT_CPU_API int quant_cpu_rope_append(const QuantCpuRope* call);
+
+// Causal attention of the last cu_seqlens[b + 1] - cu_seqlens[b] of the kv_lens[b] tokens of every
+// sequence b; cu_seqlens null: of the last one. q_codes [tokens, heads, head_dim], q_scale [tokens,
+// heads]; block_table [batch, table_columns]; out [tokens, heads, head_dim]. scale: sm_scale
+// log2(e), positive. window: 0 for none.
+typedef struct QuantCpuAttention {
+  const uint8_t* q_codes;
+  int64_t q_token;
+  int64_t q_head;
+  const float* q_scale;
+  int64_t q_scale_token;
+  const uint8_t* kv_codes;
+  const uint16_t* kv_scales;
+  const int32_t* block_table;
+  int64_t table_row;
+  int64_t table_columns;
+  const int32_t* cu_seqlens;
+  const int32_t* kv_lens;
+  void* out;
+  int64_t out_token;
+  int64_t out_head;
+  int64_t out_type;
+  int64_t batch;
+  int64_t tokens;
+  int64_t pages;
+  int64_t heads;
+  int64_t kv_heads;
+  int64_t head_dim;
+  double scale;
+  int64_t window;
+  int64_t threads;
+} QuantCpuAttention;
+
+QUANT_CPU_API int quant_cpu_attention(const QuantCpuAttention* call);
 
 #ifdef __cplusplus
 }

@@ -1,4 +1,4 @@
-"""Backend `cpu`: the ops that libquant_cpu.so has, as `ops.py` calls them."""
+"""Backend `cpu`: the ops as `ops.py` calls them, in C++ (libquant_cpu.so)."""
 
 from __future__ import annotations
 
@@ -6,13 +6,30 @@ from collections.abc import Sequence
 
 import torch
 
+from quant_kernels.cpu_activation import (
+    quantize_activation,
+    rms_norm_quantize,
+    silu_mul_quantize,
+)
+from quant_kernels.cpu_attention import decode_attention, prefill_attention, rope_append
 from quant_kernels.cpu_gemm import gemm
 from quant_kernels.packing import BlockedWeight
 
 NAME = "cpu"
 WEIGHT = BlockedWeight
 
-__all__ = ["NAME", "WEIGHT", "gemm", "workspace_bytes"]
+__all__ = [
+    "NAME",
+    "WEIGHT",
+    "decode_attention",
+    "gemm",
+    "prefill_attention",
+    "quantize_activation",
+    "rms_norm_quantize",
+    "rope_append",
+    "silu_mul_quantize",
+    "workspace_bytes",
+]
 
 
 def workspace_bytes(

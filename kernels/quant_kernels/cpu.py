@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import os
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -101,11 +102,43 @@ def e4m3_to_float(codes: Tensor) -> Tensor:
     return values
 
 
+def isas() -> tuple[str, ...]:
+    """The instruction sets that this machine runs, best first."""
+    return tuple(library().quant_cpu_isas().decode().split())
+
+
+def isa() -> str:
+    """The instruction set in use; empty where $QUANT_CPU_ISA names one that is not in `isas`."""
+    return str(library().quant_cpu_isa().decode())
+
+
+def set_isa(name: str | None) -> None:
+    """Use this instruction set in the whole process; None: $QUANT_CPU_ISA's or the best again."""
+    if library().quant_cpu_set_isa(None if name is None else name.encode()):
+        raise ValueError(
+            f"instruction set {name!r} is unknown, or this machine lacks it; it has: "
+            f"{', '.join(isas())}"
+        )
+
+
+def fail(what: str, status: int) -> NoReturn:
+    """Raise RuntimeError with a status in words."""
+    raise RuntimeError(f"{what}: {library().quant_cpu_error_string(status).decode()}")
+
+
+def library() -> ctypes.CDLL:
+    """libquant_cpu.so; LibraryMissing where it was not built."""
+    return _library()
+
+
 @functools.cache
 def _library() -> ctypes.CDLL:
     library = native.load("quant_cpu", ABI)
     library.quant_cpu_error_string.argtypes = [ctypes.c_int]
     library.quant_cpu_error_string.restype = ctypes.c_char_p
+    library.quant_cpu_isa.restype = ctypes.c_char_p
+    library.quant_cpu_isas.restype = ctypes.c_char_p
+    library.quant_cpu_set_isa.argtypes = [ctypes.c_char_p]
     library.quant_cpu_unpack_int4.argtypes = [
         ctypes.c_void_p,  # packed
         ctypes.c_int64,  # rows

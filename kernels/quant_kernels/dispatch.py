@@ -57,18 +57,14 @@ _INT8_MMA = ("gemm_w4a8",)
 _FP8_MMA = ("gemm_w4afp8", "prefill_attention")
 _FP16_MMA = ("decode_attention",)
 _NO_MMA = ("quantize_activation", "rms_norm_quantize", "silu_mul_quantize", "rope_append")
-# What backend `cpu` has.
-CPU_OPS = ("gemm_w4afp8", "gemm_w4a8")
-_NOT_CPU = tuple(op for op in OPS if op not in CPU_OPS)
 RULES = (
     Rule(_NO_MMA, "cuda", TRITON_CAPABILITY, "triton", "one pass"),
     Rule(_INT8_MMA, "cuda", TRITON_CAPABILITY, "triton", "INT8 tensor cores"),
     Rule(_FP8_MMA, "cuda", FP8_CAPABILITY, "triton", "FP8 tensor cores"),
     Rule(_FP8_MMA, "cuda", TRITON_CAPABILITY, "triton", "FP16 tensor cores: FP8 codes are exact"),
     Rule(_FP16_MMA, "cuda", TRITON_CAPABILITY, "triton", "FP16 tensor cores: codes are exact"),
-    Rule(CPU_OPS, "cpu", None, "cpu", "C++ for the machine's vector instructions"),
-    Rule(CPU_OPS, "cpu", None, "reference", "plain torch, where libquant_cpu.so is not built"),
-    Rule(_NOT_CPU, "cpu", None, "reference", "plain torch"),
+    Rule(OPS, "cpu", None, "cpu", "C++ for the machine's vector instructions"),
+    Rule(OPS, "cpu", None, "reference", "plain torch, where libquant_cpu.so is not built"),
 )
 
 
@@ -80,7 +76,7 @@ def choose(op: str, device: torch.device, asked: str = "") -> str:
     backend = asked or _overrides(os.environ.get(VARIABLE, "")).get(op) or by_table(op, device)
     if backend not in BACKENDS:
         raise ValueError(f"{op}: backend {backend!r} is unknown; known: {', '.join(BACKENDS)}")
-    reason = _why_not(op, backend, device)
+    reason = _why_not(backend, device)
     if reason is not None:
         raise BackendUnavailable(f"{op} on {device}: backend {backend!r} cannot run: {reason}")
     return backend
@@ -135,12 +131,10 @@ def why_no_triton(device: str = "cuda", found: tuple[int, int] = FP8_CAPABILITY)
     return None
 
 
-def _why_not(op: str, backend: str, device: torch.device) -> str | None:
+def _why_not(backend: str, device: torch.device) -> str | None:
     if backend == "cpu":
         if device.type != "cpu":
             return "its kernels read the memory of the CPU"
-        if op not in CPU_OPS:
-            return f"it has no kernel for this op, only for {', '.join(CPU_OPS)}"
         return cpu.why_unavailable()
     if backend != "triton":
         return None

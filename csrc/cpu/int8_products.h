@@ -1,0 +1,248 @@
+// Exact products of integers written in base 256 with 4-bit codes:
+//
+//   sums[r, n] = start[r] + sum_l 256^l sum_k digits[r, l, k] codes[k / 4, n, k % 4]
+//
+// digits are int8 in [-128, 127], codes 0 .. 15. All sums are INT32 that nothing overflows, so they
+// are the same in any order, on any instruction set, for any number of rows. Codes lie as the byte
+// products of AVX-512 VNNI and AMX want them: four k of a column side by side.
+#ifndef QUANT_INT8_PRODUCTS_H_
+#define QUANT_INT8_PRODUCTS_H_
+
+#include "simd.h"
+
+namespace quant {
+namespace QUANT_ISA {
+
+// digits[r, l, k] is at (r LIMBS + l) stride + k.
+struct Digits {
+  const int8_t* at;
+  int64_t stride;
+};
+
+inline int32_t four_digits(const int8_t* p) {
+  int32_t word;
+  memcpy(&word, p, 4);
+  return word;
+}
+
+#if defined(__AVX512VNNI__)
+
+// acc += codes . digits, four bytes a lane. GCC 12 spills accumulators of the intrinsic.
+inline void dot(__m512i& acc, __m512i codes, __m512i digits) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(codes), "v"(digits));
+}
+
+// ROWS rows by 16 VECTORS columns; at most 24 accumulators of the 32 registers.
+template <int LIMBS, int ROWS, int VECTORS>
+inline void block(Digits d, int64_t k_words, const uint8_t* codes, int64_t columns,
+                  const int32_t* start, int32_t* sums, int64_t sums_row) {
+  __m512i acc[ROWS][LIMBS][VECTORS];
+#pragma GCC unroll 3
+  for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 12
+    for (int i = 0; i < LIMBS * VECTORS; ++i) {
+      acc[r][i / VECTORS][i % VECTORS] =
+          i < VECTORS ? _mm512_set1_epi32(start[r]) : _mm512_setzero_si512();
+    }
+  }
+  for (int64_t g = 0; g < k_words; ++g) {
+    __m512i code[VECTORS];
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; ++v) {
+      code[v] = _mm512_loadu_si512(codes + (g * columns + 16 * v) * 4);
+    }
+#pragma GCC unroll 3
+    for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 3
+      for (int l = 0; l < LIMBS; ++l) {
+        const __m512i digit = _mm512_set1_epi32(four_digits(d.at + (r * LIMBS + l) * d.stride + 4 * g));
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; ++v) dot(acc[r][l][v], code[v], digit);
+      }
+    }
+  }
+#pragma GCC unroll 3
+  for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; ++v) {
+      __m512i sum = acc[r][0][v];
+#pragma GCC unroll 2
+      for (int l = 1; l < LIMBS; ++l) {
+        sum = _mm512_add_epi32(sum, _mm512_slli_epi32(acc[r][l][v], 8 * l));
+      }
+      _mm512_storeu_si512(sums + r * sums_row + 16 * v, sum);
+    }
+  }
+}
+
+template <int LIMBS, int ROWS>
+inline void row_block(Digits d, int64_t k_words, const uint8_t* codes, int64_t columns,
+                      const int32_t* start, int32_t* sums, int64_t sums_row) {
+  int64_t n = 0;
+  for (; n + 64 <= columns; n += 64) {
+    block<LIMBS, ROWS, 4>(d, k_words, codes + 4 * n, columns, start, sums + n, sums_row);
+  }
+  if (n < columns) {
+    block<LIMBS, ROWS, 2>(d, k_words, codes + 4 * n, columns, start, sums + n, sums_row);
+  }
+}
+
+#elif defined(__AVX2__)
+
+// 16 columns of a row. Pairs of products are added in INT16: 8 times 2 * 15 * 128 still fit.
+template <int LIMBS, int ROWS>
+inline void row_block(Digits d, int64_t k_words, const uint8_t* codes, int64_t columns,
+                      const int32_t* start, int32_t* sums, int64_t) {
+  static_assert(ROWS == 1, "more do not fit 16 registers");
+  for (int64_t n = 0; n < columns; n += 16) {
+    __m256i acc[LIMBS][2] = {};
+    for (int64_t begin = 0; begin < k_words; begin += 8) {
+      __m256i part[LIMBS][2] = {};
+      for (int64_t g = begin; g < k_words && g < begin + 8; ++g) {
+        const uint8_t* p = codes + (g * columns + n) * 4;
+        const __m256i code[2] = {_mm256_loadu_si256((const __m256i*)p),
+                                 _mm256_loadu_si256((const __m256i*)(p + 32))};
+#pragma GCC unroll 3
+        for (int l = 0; l < LIMBS; ++l) {
+          const __m256i digit = _mm256_set1_epi32(four_digits(d.at + l * d.stride + 4 * g));
+          for (int v = 0; v < 2; ++v) {
+            part[l][v] = _mm256_add_epi16(part[l][v], _mm256_maddubs_epi16(code[v], digit));
+          }
+        }
+      }
+      const __m256i ones = _mm256_set1_epi16(1);
+#pragma GCC unroll 6
+      for (int i = 0; i < 2 * LIMBS; ++i) {
+        const __m256i wide = _mm256_madd_epi16(part[i / 2][i % 2], ones);
+        acc[i / 2][i % 2] = _mm256_add_epi32(acc[i / 2][i % 2], wide);
+      }
+    }
+    for (int v = 0; v < 2; ++v) {
+      __m256i sum = _mm256_add_epi32(acc[0][v], _mm256_set1_epi32(start[0]));
+      for (int l = 1; l < LIMBS; ++l) {
+        sum = _mm256_add_epi32(sum, _mm256_slli_epi32(acc[l][v], 8 * l));
+      }
+      _mm256_storeu_si256((__m256i*)(sums + n + 8 * v), sum);
+    }
+  }
+}
+
+#else
+
+template <int LIMBS, int ROWS>
+inline void row_block(Digits d, int64_t k_words, const uint8_t* codes, int64_t columns,
+                      const int32_t* start, int32_t* sums, int64_t) {
+  static_assert(ROWS == 1, "one after the other");
+  for (int64_t n = 0; n < columns; ++n) sums[n] = start[0];
+  for (int64_t g = 0; g < k_words; ++g) {
+    int32_t digit[4] = {};
+    for (int l = 0; l < LIMBS; ++l) {
+      for (int j = 0; j < 4; ++j) digit[j] += d.at[l * d.stride + 4 * g + j] * (1 << (8 * l));
+    }
+    const uint8_t* p = codes + g * columns * 4;
+    for (int64_t n = 0; n < columns; ++n) {
+      int32_t part = 0;
+      for (int j = 0; j < 4; ++j) part += digit[j] * p[4 * n + j];
+      sums[n] += part;
+    }
+  }
+}
+
+#endif
+
+// columns: a multiple of 32; sums_row: INT32 from row to row. One object for a thread and call.
+class Products {
+ public:
+  Products() = default;
+  Products(const Products&) = delete;
+  Products& operator=(const Products&) = delete;
+
+#if defined(__AMX_INT8__)
+
+  // The digits of a number are rows of a tile of 16, and 32 columns two tiles of sums. Behind the
+  // last row, and behind k up to a multiple of 64, there may be anything, but digits are there to be
+  // read, and 0 behind k.
+  template <int LIMBS>
+  void run(Digits d, int64_t rows, int64_t k, const uint8_t* codes, int64_t columns,
+           const int32_t* start, int32_t* sums, int64_t sums_row) {
+    constexpr int ROWS = 16 / LIMBS;
+    configure();
+    alignas(64) int32_t parts[2][16][16];
+    for (int64_t first = 0; first < rows; first += ROWS) {
+      const int64_t end = first + ROWS < rows ? first + ROWS : rows;
+      for (int64_t n = 0; n < columns; n += 32) {
+        _tile_zero(0);
+        _tile_zero(1);
+        for (int64_t i = 0; i < k; i += 64) {
+          const uint8_t* p = codes + (i / 4 * columns + n) * 4;
+          _tile_loadd(2, d.at + first * LIMBS * d.stride + i, d.stride);
+          _tile_loadd(3, p, columns * 4);
+          _tile_dpbsud(0, 2, 3);
+          _tile_loadd(4, p + 64, columns * 4);
+          _tile_dpbsud(1, 2, 4);
+        }
+        _tile_stored(0, parts[0], 64);
+        _tile_stored(1, parts[1], 64);
+        for (int64_t r = first; r < end; ++r) {
+          for (int half = 0; half < 2; ++half) {
+            __m512i sum = _mm512_set1_epi32(start[r]);
+            for (int l = 0; l < LIMBS; ++l) {
+              const __m512i part = _mm512_load_si512(parts[half][(r - first) * LIMBS + l]);
+              sum = _mm512_add_epi32(sum, _mm512_slli_epi32(part, 8 * l));
+            }
+            _mm512_storeu_si512(sums + r * sums_row + n + 16 * half, sum);
+          }
+        }
+      }
+    }
+  }
+
+  ~Products() {
+    if (configured_) _tile_release();
+  }
+
+ private:
+  bool configured_ = false;
+
+  void configure() {
+    if (configured_) return;
+    configured_ = true;
+    struct {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t bytes[16] = {64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16};
+    } config;
+    _tile_loadconfig(&config);
+  }
+
+#else
+
+  template <int LIMBS>
+  void run(Digits d, int64_t rows, int64_t k, const uint8_t* codes, int64_t columns,
+           const int32_t* start, int32_t* sums, int64_t sums_row) {
+#if defined(__AVX512VNNI__)
+    constexpr int ROWS = 6 / LIMBS;
+#else
+    constexpr int ROWS = 1;
+#endif
+    int64_t r = 0;
+    const auto part = [&](int64_t count) {
+      const Digits at = {d.at + r * LIMBS * d.stride, d.stride};
+      if (count == ROWS) {
+        row_block<LIMBS, ROWS>(at, k / 4, codes, columns, start + r, sums + r * sums_row, sums_row);
+      } else {
+        row_block<LIMBS, 1>(at, k / 4, codes, columns, start + r, sums + r * sums_row, sums_row);
+      }
+      r += count;
+    };
+    while (r + ROWS <= rows) part(ROWS);
+    while (r < rows) part(1);
+  }
+
+#endif
+};
+
+}  // namespace QUANT_ISA
+}  // namespace quant
+
+#endif  // QUANT_INT8_PRODUCTS_H_

@@ -1,0 +1,10 @@
+#include "kernels.h"
+
+namespace quant {
+namespace QUANT_ISA {
+
+const OpKernels table = {quantize_token, rms_norm_token, silu_mul_token, rope_token,
+                         attend,         state_floats,   attend_span,    combine};
+
+}  // namespace QUANT_ISA
+}  // namespace quant

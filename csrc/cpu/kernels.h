@@ -1,0 +1,68 @@
+// What the C functions (ops.cpp) and the kernels, compiled once per instruction set, agree on.
+#ifndef QUANT_KERNELS_H_
+#define QUANT_KERNELS_H_
+
+#include <stdint.h>
+
+#include "quant_cpu.h"
+
+namespace quant {
+
+constexpr int PAGE = 64;  // tokens of a page of the cache: packing.KV_PAGE
+constexpr int MAX_HEAD_DIM = 256;
+constexpr int SPAN_PAGES = 16;  // pages that are summed before their sum joins the others
+constexpr int TILE_ROWS = 60;   // (token, query head) rows of a KV head that share its pages
+
+struct Norm {
+  const void* weight;
+  int64_t weight_type;
+  float eps;
+  void* residual;  // null without one
+  int64_t residual_row;
+};
+
+// Rows first .. first + count - 1 of one sequence and KV head; row r is its query token r / ratio
+// and query head kv_head * ratio + r % ratio.
+struct Tile {
+  int64_t sequence, kv_head, first, count;
+};
+
+struct OpKernels {
+  // One row; scratch: `columns` floats.
+  void (*quantize)(const QuantCpuTokens& call, int64_t row);
+  void (*rms_norm)(const QuantCpuTokens& call, const Norm& norm, int64_t row, float* scratch);
+  void (*silu_mul)(const QuantCpuTokens& call, int64_t row, float* scratch);
+  void (*rope)(const QuantCpuRope& call, int64_t token);
+  // A tile over some spans of its sequence, to the end.
+  void (*attend)(const QuantCpuAttention& call, const Tile& tile, int64_t first_span,
+                 int64_t spans);
+  // The same in parts: the sums over one span, `state_floats` of them, and what spans' sums, in
+  // order and `stride` floats apart, come to.
+  int64_t (*state_floats)(int64_t rows, int64_t head_dim);
+  void (*attend_span)(const QuantCpuAttention& call, const Tile& tile, int64_t span, float* state);
+  void (*combine)(const QuantCpuAttention& call, const Tile& tile, float* states, int64_t spans,
+                  int64_t stride);
+};
+
+// Those of the instruction set in use (quant_cpu_isa); null where $QUANT_CPU_ISA names what the
+// machine lacks.
+const OpKernels* op_kernels();
+
+#ifdef QUANT_ISA
+namespace QUANT_ISA {
+void quantize_token(const QuantCpuTokens& call, int64_t row);
+void rms_norm_token(const QuantCpuTokens& call, const Norm& norm, int64_t row, float* scratch);
+void silu_mul_token(const QuantCpuTokens& call, int64_t row, float* scratch);
+void rope_token(const QuantCpuRope& call, int64_t token);
+void attend(const QuantCpuAttention& call, const Tile& tile, int64_t first_span, int64_t spans);
+int64_t state_floats(int64_t rows, int64_t head_dim);
+void attend_span(const QuantCpuAttention& call, const Tile& tile, int64_t span, float* state);
+void combine(const QuantCpuAttention& call, const Tile& tile, float* states, int64_t spans,
+             int64_t stride);
+extern const OpKernels table;
+}  // namespace QUANT_ISA
+#endif
+
+}  // namespace quant
+
+#endif  // QUANT_KERNELS_H_
