@@ -47,7 +47,7 @@ struct Levels {
 
   const Operand* of(int64_t group, int row) {
     if (g.per_channel) return levels_of(0x38, Operand());  // t = 1
-    if (group >= g.groups()) group = g.groups() - 1;         // q = 0: any will do
+    if (group >= g.groups()) group = g.groups() - 1;       // q = 0: any will do
     if (g.numerics == QUANT_CPU_LUT) return levels_of(t[group * kRows + row], Operand());
     float scale;
     std::memcpy(&scale, t + 4 * (group * kRows + row), sizeof scale);
