@@ -138,5 +138,11 @@ void fp8_multiply(const Gemm& g, int64_t block, int64_t first, int tokens, const
   }
 }
 
+// Evaluated by the compiler: nothing of this file may run where the machine lacks its instructions.
+constexpr Kernels fp8_kernels() {
+  return {fp8_token_bytes, fp8_scratch_bytes, fp8_prepare, fp8_multiply, scale_sums<float>,
+          silu_mul,        load_row,          store_row,   add};
+}
+
 }  // namespace
 }  // namespace quant

@@ -17,8 +17,9 @@
 // columns at a time (`tile`).
 //
 // An instruction set gives, before it includes this file and in a namespace without a name:
-// V, kBytes, kTileTokens, kTileVectors, load, store, splat, and_bytes, shift_nibble, multiply16,
-// dot8, dot16, widen, first_of_pair, second_of_pair, times8. Nothing here may call a function
+// V, kBytes, kTileTokens, kTileVectors, kColumns (a multiple of 128), load, store, splat,
+// and_bytes, shift_nibble, multiply16, dot8, dot16, widen, first_of_pair, second_of_pair, times8,
+// matrix_tiles (as many tokens as a matrix unit takes, or 0). Nothing here may call a function
 // template of the standard library: the linker would share it with code for older machines.
 #include <cstring>
 
@@ -279,7 +280,8 @@ void int8_multiply(const Gemm& g, int64_t block, int64_t first, int tokens, cons
       ahead = g.codes + next * (g.k / 4) * 2 * kBlock;
       lines = next < 0 ? 0 : (g.k < kColumns ? g.k : kColumns) / 2;
     }
-    for (int m = 0; m < tokens;) {
+    int m = matrix_tiles(tokens, operands, columns, x + k, g.x_stride, sums);
+    while (m < tokens) {
       const bool fetch = lines > 0;
       m += tiles<kTileTokens>(tokens - m, operands, columns / 4, x + m * g.x_stride + k, g.x_stride,
                               sums + m * kBlock, fetch ? ahead : operands);
@@ -287,6 +289,13 @@ void int8_multiply(const Gemm& g, int64_t block, int64_t first, int tokens, cons
       lines -= columns / 4;
     }
   }
+}
+
+// Evaluated by the compiler: nothing of this file may run where the machine lacks its instructions.
+constexpr Kernels int8_kernels() {
+  return {int8_token_bytes, int8_scratch_bytes,  int8_prepare,
+          int8_multiply,    scale_sums<int32_t>, silu_mul,
+          load_row,         store_row,           add};
 }
 
 }  // namespace

@@ -1,4 +1,7 @@
 // Which kernels run: the widest that this machine has, or those that somebody asked for by name.
+#include <sys/syscall.h>
+#include <unistd.h>
+
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -17,6 +20,14 @@ struct Isa {
   const Kernels* fp32;  // FP8 otherwise
 };
 
+#if defined(__x86_64__)
+// Linux gives a process AMX's registers when it asks for them.
+bool tiles_granted() {
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
+
 // Best first.
 struct Isas {
 #if defined(__x86_64__)
@@ -26,7 +37,9 @@ struct Isas {
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
   const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
-  const Isa all[4] = {
+  const bool amx = bf16 && __builtin_cpu_supports("amx-int8") && tiles_granted();
+  const Isa all[5] = {
+      {"amx", amx, &kInt8Amx, &kBf16Avx512, &kFp32Avx512},
       {"avx512_vnni", avx512, &kInt8Avx512, bf16 ? &kBf16Avx512 : &kFp32Avx512, &kFp32Avx512},
       {"avx_vnni", avx_vnni, &kInt8AvxVnni, &kFp32Avx2, &kFp32Avx2},
       {"avx2", avx2, &kInt8Avx2, &kFp32Avx2, &kFp32Avx2},

@@ -56,8 +56,8 @@ QUANT_CPU_API int quant_cpu_unpack_int4(const int32_t* packed, int64_t rows, int
 // codes and values [count] are dense and must not overlap. Pointers may be null where count is 0.
 QUANT_CPU_API int quant_cpu_e4m3_to_float(const uint8_t* codes, int64_t count, float* values);
 
-// Instruction sets that this machine runs, best first, separated by spaces, out of avx512_vnni,
-// avx_vnni, avx2, portable; static storage.
+// Instruction sets that this machine runs, best first, separated by spaces, out of amx,
+// avx512_vnni, avx_vnni, avx2, portable; static storage.
 QUANT_CPU_API const char* quant_cpu_isas(void);
 
 // The one in use: that of quant_cpu_set_isa, of the environment's QUANT_CPU_ISA, or the best; empty
