@@ -47,7 +47,7 @@ struct Levels {
 
   const Operand* of(int64_t group, int row) {
     if (g.per_channel) return levels_of(0x38, Operand());  // t = 1
-    if (group >= g.groups()) group = g.groups() - 1;         // q = 0: any will do
+    if (group >= g.groups()) group = g.groups() - 1;       // q = 0: any will do
     if (g.numerics == QUANT_CPU_LUT) return levels_of(t[group * kRows + row], Operand());
     float scale;
     std::memcpy(&scale, t + 4 * (group * kRows + row), sizeof scale);
@@ -136,6 +136,12 @@ void fp8_multiply(const Gemm& g, int64_t block, int64_t first, int tokens, const
                                   g.codes + ahead * code_bytes);
     }
   }
+}
+
+// Evaluated by the compiler: nothing of this file may run where the machine lacks its instructions.
+constexpr Kernels fp8_kernels() {
+  return {fp8_token_bytes, fp8_scratch_bytes, fp8_prepare, fp8_multiply, scale_sums<float>,
+          silu_mul,        load_row,          store_row,   add};
 }
 
 }  // namespace

@@ -65,7 +65,7 @@ struct Isas {
   const Kernels* const wide =
       avx512 && __builtin_cpu_supports("avx512bf16") ? &kBf16Avx512 : &kFp32Avx512;
   const Isa all[5] = {
-      {"amx", amx, &amx::table, &kInt8Avx512, wide, &kFp32Avx512},
+      {"amx", amx, &amx::table, &kInt8Amx, wide, &kFp32Avx512},
       {"avx512_vnni", avx512, &avx512::table, &kInt8Avx512, wide, &kFp32Avx512},
       {"avx_vnni", avx_vnni, &avx2::table, &kInt8AvxVnni, &kFp32Avx2, &kFp32Avx2},
       {"avx2", avx2, &avx2::table, &kInt8Avx2, &kFp32Avx2, &kFp32Avx2},
