@@ -67,21 +67,28 @@ def diagnose() -> Diagnosis:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "not installed"
     libraries = (
-        _library("CPU library", cpu, "decodes INT4, E4M3"),
+        _library("CPU library", cpu, "decodes INT4 and E4M3, multiplies"),
         _cuda_library(),
         _torch_gpu(),
     )
     missing = "this version has no kernels for this backend"
     unused = "its kernels are there (ops), but generation does not run on them yet"
-    backends = {"reference": None, "cpu": missing, "triton": unused, "cutlass": missing}
+    no_library = cpu.why_unavailable()
+    backends = {
+        "reference": None,
+        "cpu": no_library or unused,
+        "triton": unused,
+        "cutlass": missing,
+    }
     schemes = tuple(
         Check(f"{scheme} on {backend}", reason is None, reason or meaning)
         for scheme, meaning in SCHEMES.items()
         for backend, reason in backends.items()
     )
     here = dispatch.why_no_triton() or _why_no_gpu()
+    lacks = {"triton": here, "cpu": no_library}
     ops = tuple(
-        Kernel(op, device, backend, here if backend == "triton" else None, why)
+        Kernel(op, device, backend, lacks.get(backend), why)
         for op, device, backend, why in dispatch.table()
     )
     return Diagnosis(versions, libraries, schemes, ops)

@@ -41,7 +41,9 @@ def fused(linears: Sequence[Linear]) -> tuple[PackedWeight, Tensor | None]:
     return PackedWeight(words, scales, weights[0].fmt), bias
 
 
-def block_of_ops(decoder: Decoder, block: Block, hidden: Tensor, window: int) -> Tensor:
+def block_of_ops(
+    decoder: Decoder, block: Block, hidden: Tensor, window: int, backend: str
+) -> Tensor:
     """hidden [T, H], one sequence from its beginning -> the block's output [T, H]."""
     cfg, fmt = decoder.config, decoder.fmt
     kind = F8 if fmt.activation == "fp8" else torch.int8
@@ -54,17 +56,19 @@ def block_of_ops(decoder: Decoder, block: Block, hidden: Tensor, window: int) ->
         weight, bias = fused([block.linears[name] for name in names.split()])
         rows = len(weight.words) // (2 if options.get("silu_mul") else 1)
         out = torch.empty(tokens, rows, dtype=hidden.dtype)
-        ops.gemm(*x, weight, out, bias=bias, **options)
+        prepared = ops.prepare(weight, backend=backend)
+        ops.gemm(*x, prepared, out, bias=bias, backend=backend, **options)
         return out
 
     def norm(x: Tensor, name: str) -> tuple[Tensor, Tensor]:
         outputs = quantized(cfg.hidden_size)
-        ops.rms_norm_quantize(x, block.norms[f"{name}.weight"], cfg.rms_norm_eps, *outputs)
+        weight = block.norms[f"{name}.weight"]
+        ops.rms_norm_quantize(x, weight, cfg.rms_norm_eps, *outputs, backend=backend)
         return outputs
 
     def again(x: Tensor) -> tuple[Tensor, Tensor]:
         outputs = quantized(x.shape[1])
-        ops.quantize_activation(x, *outputs)
+        ops.quantize_activation(x, *outputs, backend=backend)
         return outputs
 
     qkv = linear(
@@ -81,14 +85,14 @@ def block_of_ops(decoder: Decoder, block: Block, hidden: Tensor, window: int) ->
         torch.arange(tokens), *q, kv_codes, kv_scales,
         norms=norms or None, eps=cfg.rms_norm_eps,
         key_transform=(block.keys.scale, block.keys.shift) if block.keys else None,
-        symmetric=decoder.kv.symmetric,
+        symmetric=decoder.kv.symmetric, backend=backend,
     )  # fmt: skip
     attended = torch.full((tokens, heads, dim), torch.nan, dtype=hidden.dtype)
     table = torch.arange(pages, dtype=torch.int32).unsqueeze(0)
     lengths = torch.tensor([tokens], dtype=torch.int32)
     ops.prefill_attention(
         *q, kv_codes, kv_scales, table, torch.tensor([0, tokens], dtype=torch.int32), lengths,
-        tokens, attended, sm_scale=1 / math.sqrt(dim), window=window,
+        tokens, attended, sm_scale=1 / math.sqrt(dim), window=window, backend=backend,
     )  # fmt: skip
     hidden = linear("self_attn.o_proj", again(attended.flatten(1)), residual=hidden)
     x = norm(hidden, "post_attention_layernorm")
@@ -101,9 +105,12 @@ def relative_error(x: Tensor, y: Tensor) -> float:
     return float(1 - 2 * (x * y).sum() / (x.square().sum() + y.square().sum()))
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("case", ALL_PACKED)
-def test_a_block_of_ops_is_the_decoders_block(case, quantized_case, symmetric, monkeypatch):
+def test_a_block_of_ops_is_the_decoders_block(
+    case, quantized_case, symmetric, backend, monkeypatch
+):
     quantized = quantized_case(case)
     kv = KVFormat(symmetric=symmetric)
     decoder = dataclasses.replace(load_decoder(quantized.output, dtype=torch.float32), kv=kv)
@@ -118,11 +125,13 @@ def test_a_block_of_ops_is_the_decoders_block(case, quantized_case, symmetric, m
         block, window = dataclasses.replace(block, keys=keys), cfg.sliding_windows[layer]
         attend = quantized_attention(causal_attention(window), kv, keys)
         wanted = block_forward(cfg, block.norms, block.linears, hidden[None], rope, attend)[0]
-        found = block_of_ops(decoder, block, hidden, window or 0)
+        found = block_of_ops(decoder, block, hidden, window or 0, backend)
         # P has four significant bits, an error of 1/16 at most, and moves codes of the next input.
         assert relative_error(found - hidden, wanted - hidden) < 5e-3
+        if backend != "reference":
+            continue
         with monkeypatch.context() as patch:
             patch.setattr(reference_attention, "round_e4m3", lambda x: x)
-            found = block_of_ops(decoder, block, hidden, window or 0)
+            found = block_of_ops(decoder, block, hidden, window or 0, backend)
         # Without that: FP32 sums in another order, and a code here and there that they tip over.
         assert relative_error(found - hidden, wanted - hidden) < 2e-4

@@ -9,6 +9,7 @@
 #include <cstring>
 #include <string>
 
+#include "gemm.h"
 #include "kernels.h"
 
 namespace quant {
@@ -45,6 +46,9 @@ struct Isa {
   const char* name;
   bool present;
   const OpKernels* ops;
+  const Kernels* int8;
+  const Kernels* bf16;  // FP8 whose operands are BF16 numbers
+  const Kernels* fp32;  // FP8 otherwise
 };
 
 // Best first.
@@ -52,17 +56,24 @@ struct Isas {
 #if defined(__x86_64__)
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                     __builtin_cpu_supports("f16c");
+  const bool avx_vnni = avx2 && __builtin_cpu_supports("avxvnni");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
   const bool amx = avx512 && __builtin_cpu_supports("amx-tile") &&
                    __builtin_cpu_supports("amx-int8") && may_use_tiles();
-  const Isa all[4] = {{"amx", amx, &amx::table},
-                      {"avx512_vnni", avx512, &avx512::table},
-                      {"avx2", avx2, &avx2::table},
-                      {"portable", true, &portable::table}};
+  const Kernels* const fp8 = bf16 ? &kBf16Avx512 : &kFp32Avx512;
+  const Isa all[5] = {
+      {"amx", amx, &amx::table, &kInt8Avx512, fp8, &kFp32Avx512},
+      {"avx512_vnni", avx512, &avx512::table, &kInt8Avx512, fp8, &kFp32Avx512},
+      {"avx_vnni", avx_vnni, &avx2::table, &kInt8AvxVnni, &kFp32Avx2, &kFp32Avx2},
+      {"avx2", avx2, &avx2::table, &kInt8Avx2, &kFp32Avx2, &kFp32Avx2},
+      {"portable", true, &portable::table, &kInt8Portable, &kFp32Portable, &kFp32Portable},
+  };
 #else
-  const Isa all[1] = {{"portable", true, &portable::table}};
+  const Isa all[1] = {
+      {"portable", true, &portable::table, &kInt8Portable, &kFp32Portable, &kFp32Portable}};
 #endif
   std::string names;
 
@@ -97,6 +108,12 @@ const Isa* current() {
 }
 
 }  // namespace
+
+const Kernels* kernels_for(bool int8, bool exact_in_bf16) {
+  const Isa* isa = current();
+  if (isa == nullptr) return nullptr;
+  return int8 ? isa->int8 : exact_in_bf16 ? isa->bf16 : isa->fp32;
+}
 
 const OpKernels* op_kernels() {
   const Isa* isa = current();

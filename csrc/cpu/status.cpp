@@ -11,7 +11,13 @@ const char* quant_cpu_error_string(int status) {
     case QUANT_CPU_NEGATIVE_SIZE:
       return "a size is negative";
     case QUANT_CPU_COLUMNS_OUT_OF_RANGE:
-      return "columns is 0 or exceeds 8 * words_per_row";
+      return "columns exceeds 8 * words_per_row";
+    case QUANT_CPU_UNKNOWN_TYPE:
+      return "a number type is none of those in quant_cpu.h";
+    case QUANT_CPU_RAGGED_GROUPS:
+      return "groups of 32, 64 or 128 must divide k, and k be a multiple of 8";
+    case QUANT_CPU_NOT_A_PAIR:
+      return "silu_mul takes an even n and no residual";
     case QUANT_CPU_OUT_OF_MEMORY:
       return "no memory for intermediate results";
     case QUANT_CPU_ISA_UNAVAILABLE:

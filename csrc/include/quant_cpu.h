@@ -1,7 +1,7 @@
 // The C ABI of libquant_cpu.so.
 //
 // Every function that can fail returns a QuantCpuStatus and writes nothing unless that is
-// QUANT_CPU_OK. Sizes count elements. Nothing keeps a pointer, nor memory beyond its call.
+// QUANT_CPU_OK. Sizes and strides count elements. Nothing keeps a pointer of the caller's.
 #ifndef QUANT_CPU_H_
 #define QUANT_CPU_H_
 
@@ -21,6 +21,9 @@ enum QuantCpuStatus {
   QUANT_CPU_NULL_POINTER = 1,
   QUANT_CPU_NEGATIVE_SIZE = 2,
   QUANT_CPU_COLUMNS_OUT_OF_RANGE = 3,
+  QUANT_CPU_UNKNOWN_TYPE = 4,
+  QUANT_CPU_RAGGED_GROUPS = 5,
+  QUANT_CPU_NOT_A_PAIR = 6,
   QUANT_CPU_OUT_OF_MEMORY = 7,
   QUANT_CPU_ISA_UNAVAILABLE = 8,
   QUANT_CPU_INDEX_OUT_OF_RANGE = 9,
@@ -28,6 +31,9 @@ enum QuantCpuStatus {
 };
 
 enum QuantCpuType { QUANT_CPU_FP32 = 0, QUANT_CPU_BF16 = 1, QUANT_CPU_FP16 = 2 };
+
+// What a GEMM multiplies: INT8 codes with q t, or E4M3 codes with E4M3(q t) or with q t in FP32.
+enum QuantCpuNumerics { QUANT_CPU_INT8 = 0, QUANT_CPU_LUT = 1, QUANT_CPU_EXACT = 2 };
 
 // QUANT_CPU_ABI_VERSION of the library, as opposed to that of this header.
 QUANT_CPU_API int quant_cpu_abi_version(void);
@@ -53,7 +59,7 @@ QUANT_CPU_API int quant_cpu_unpack_int4(const int32_t* packed, int64_t rows, int
 QUANT_CPU_API int quant_cpu_e4m3_to_float(const uint8_t* codes, int64_t count, float* values);
 
 // Instruction sets that this machine runs, best first, separated by spaces, out of amx,
-// avx512_vnni, avx2, portable; static storage.
+// avx512_vnni, avx_vnni, avx2, portable; static storage.
 QUANT_CPU_API const char* quant_cpu_isas(void);
 
 // The one in use: that of quant_cpu_set_isa, of the environment's QUANT_CPU_ISA, or the best; empty
@@ -62,6 +68,25 @@ QUANT_CPU_API const char* quant_cpu_isa(void);
 
 // Use this instruction set from now on; null or "": the environment's or the best again.
 QUANT_CPU_API int quant_cpu_set_isa(const char* name);
+
+// Y = X W^T with INT4 weights in blocks, codes and scales as quant_kernels/packing.py lays them
+// out:
+//
+//   y[m, n] = sum_k x[m, k] P(q, t)[n, k] * x_scale[m] * c[n] (+ bias[n]) (+ residual[m, n])
+//
+// x [m, k] are INT8 or E4M3 codes, as `numerics` says. group_size is 32, 64 or 128 and divides k,
+// or negative for one scale an output; t may then be null. k is a multiple of 8. silu_mul: y
+// becomes silu(y[:, :n / 2]) * y[:, n / 2:], and out is [m, n / 2]; no residual then. Strides are
+// those of the first dimension; the last is dense. bias [n] and residual [m, n] may be null, and
+// residual may be out. An INT8 sum is exact where it fits INT32; FP32 sums depend neither on m nor
+// on `threads`. Memory for intermediate results belongs to the calling thread, which keeps it.
+QUANT_CPU_API int quant_cpu_gemm(const void* x, int64_t x_stride, const float* x_scale,
+                                 int64_t x_scale_stride, const uint8_t* codes, const void* t,
+                                 const float* c, int64_t m, int64_t n, int64_t k,
+                                 int64_t group_size, int numerics, void* out, int64_t out_stride,
+                                 int out_type, const void* bias, int bias_type,
+                                 const void* residual, int64_t residual_stride, int residual_type,
+                                 int silu_mul, int threads);
 
 // --- Activations, RoPE and attention over the INT4 cache ----------------------------------------
 //

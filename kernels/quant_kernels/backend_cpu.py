@@ -1,4 +1,4 @@
-"""Backend `cpu`: the ops as `ops.py` calls them, in C++."""
+"""Backend `cpu`: the ops that libquant_cpu.so has, as `ops.py` calls them."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from quant_kernels.cpu_activation import (
     silu_mul_quantize,
 )
 from quant_kernels.cpu_attention import decode_attention, prefill_attention, rope_append
+from quant_kernels.cpu_gemm import gemm
+from quant_kernels.packing import BlockedWeight
 
 NAME = "cpu"
-SPLIT_WEIGHTS = False
+WEIGHT = BlockedWeight
 
 __all__ = [
     "NAME",
-    "SPLIT_WEIGHTS",
+    "WEIGHT",
     "decode_attention",
+    "gemm",
     "prefill_attention",
     "quantize_activation",
     "rms_norm_quantize",
@@ -35,5 +38,5 @@ def workspace_bytes(
     max_tokens: int,
     attention: tuple[int, int, int, int] | None,
 ) -> int:
-    """None is needed."""
+    """None is needed: the library keeps a thread's intermediate results."""
     return 0

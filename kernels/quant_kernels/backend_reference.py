@@ -12,7 +12,7 @@ from quant_kernels.kv4 import KVFormat
 from quant_kernels.packing import PackedWeight
 
 NAME = "reference"
-SPLIT_WEIGHTS = False
+WEIGHT = PackedWeight
 
 
 def quantize_activation(x: Tensor, codes: Tensor, scale: Tensor) -> None:

@@ -1,6 +1,7 @@
 """Which backend runs an op: a table, printable, and overridable. Nothing falls back in silence.
 
-The first rule that fits (op, device, capability) names the backend. It is overridden, in this
+The first rule that fits (op, device, capability) names the backend; a rule for `cpu` fits where
+libquant_cpu.so is built, and `quantize doctor` prints whether it is. It is overridden, in this
 order, by the op's argument `backend` and by $FOURBYEIGHT_BACKEND: one backend for all ops, or
 `op=backend` pairs:
 
@@ -31,7 +32,7 @@ OPS = (
     "prefill_attention",
     "decode_attention",
 )
-BACKENDS = ("triton", "cpu", "reference")
+BACKENDS = ("cpu", "triton", "reference")
 VARIABLE = "FOURBYEIGHT_BACKEND"
 FP8_CAPABILITY = (8, 9)  # the first with FP8 tensor cores
 TRITON_CAPABILITY = (8, 0)
@@ -62,7 +63,8 @@ RULES = (
     Rule(_FP8_MMA, "cuda", FP8_CAPABILITY, "triton", "FP8 tensor cores"),
     Rule(_FP8_MMA, "cuda", TRITON_CAPABILITY, "triton", "FP16 tensor cores: FP8 codes are exact"),
     Rule(_FP16_MMA, "cuda", TRITON_CAPABILITY, "triton", "FP16 tensor cores: codes are exact"),
-    Rule(OPS, "cpu", None, "reference", "plain torch"),
+    Rule(OPS, "cpu", None, "cpu", "C++ for the machine's vector instructions"),
+    Rule(OPS, "cpu", None, "reference", "plain torch, where libquant_cpu.so is not built"),
 )
 
 
@@ -84,7 +86,10 @@ def by_table(op: str, device: torch.device) -> str:
     """The backend of the first rule that fits; BackendUnavailable where none does."""
     found = capability(device)
     for rule in RULES:
-        if op in rule.ops and rule.device == device.type and (rule.capability or (0, 0)) <= found:
+        fits = op in rule.ops and rule.device == device.type
+        if fits and rule.backend == "cpu":
+            fits = cpu.usable()
+        if fits and (rule.capability or (0, 0)) <= found:
             return rule.backend
     raise BackendUnavailable(
         f"{op}: no backend runs on {device} (sm_{found[0]}{found[1]}); Triton's kernels need sm_80 "
@@ -128,7 +133,9 @@ def why_no_triton(device: str = "cuda", found: tuple[int, int] = FP8_CAPABILITY)
 
 def _why_not(backend: str, device: torch.device) -> str | None:
     if backend == "cpu":
-        return cpu.why_unavailable() if device.type == "cpu" else "it runs on the CPU alone"
+        if device.type != "cpu":
+            return "its kernels read the memory of the CPU"
+        return cpu.why_unavailable()
     if backend != "triton":
         return None
     if device.type == "cuda" and device.index not in (None, torch.cuda.current_device()):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from quant_kernels import dispatch
-from quant_kernels.packing import PackedWeight, SplitWeight, split_weight
+from quant_kernels.packing import PackedWeight, block_weight, split_weight
 from quant_kernels.registration import OpError, Weight, backend_for
 
 __all__ = [
@@ -83,10 +83,10 @@ def gemm(
     workspace: see `workspace_bytes`.
     """
     fmt = weight.fmt
-    if isinstance(weight, SplitWeight):
-        parts = (weight.codes, weight.t, weight.c)
-    else:
+    if isinstance(weight, PackedWeight):
         parts = (weight.words, weight.scales, weight.scales.new_empty(0, dtype=torch.float32))
+    else:
+        parts = (weight.codes, weight.t, weight.c)
     op = getattr(torch.ops.fourbyeight, f"gemm_{fmt.scheme}")
     op(
         x_codes, x_scale, *parts, fmt.group_size, fmt.numerics, out,
@@ -182,7 +182,9 @@ def prepare(weight: PackedWeight, *, backend: str = "") -> Weight:
     """
     op = f"gemm_{weight.fmt.scheme}"
     chosen = dispatch.choose(op, weight.words.device, backend)
-    return split_weight(weight) if chosen == "triton" else weight
+    if chosen == "triton":
+        return split_weight(weight)
+    return block_weight(weight) if chosen == "cpu" else weight
 
 
 def workspace_bytes(

@@ -13,6 +13,17 @@ so that a tile of bytes becomes two tiles of codes without moving anything betwe
 them inside one group, and a tile of rows is contiguous in memory. S = min(2 g, 128), or 64 where K
 is no multiple of that. Group scales become t [G, N], row units c [N].
 
+Blocked layout (CPU), b = q + 8, rows padded with q = 0 to blocks of 64, in the order of the bytes
+that csrc/cpu reads (its kernels say why):
+
+    w4a8    codes [N / 64, K / 4, 2, 64]: byte 4 o + i of half h of step s has b of row 32 h + o and
+            column 4 s + i in its low nibble, and that of row 32 h + 16 + o in its high one;
+            t [N / 64, G / 2, 64, 2], groups padded to pairs with t = 0
+    w4afp8  codes [N / 8, spans, 8, 64]: nibble j of 16-bit word w of a row is column 32 j + w of
+            the span of 128, columns padded with q = 0; t [N / 8, G, 8]
+
+With one scale a row t is empty, [0, K]. c [N] is not padded.
+
 KV cache layout: pages of KV_PAGE tokens, one KV head after the other. Bytes [2, pages, Hk, KV_PAGE,
 D / 2] (0: keys, 1: values): channel j in the low nibble of byte j and channel j + D/2, its partner
 under RoPE, in the high one, two's complement. Scale and offset [2, pages, Hk, KV_PAGE, 2], FP16.
@@ -21,6 +32,7 @@ under RoPE, in the high one, two's complement. Scale and offset [2, pages, Hk, K
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -39,7 +51,13 @@ from quant_kernels.kv4 import KVCodes
 CODES_PER_WORD = 8
 SPANS = (128, 64)
 KV_PAGE = 64
+BLOCK_ROWS, ROWS_TOGETHER, BLOCK_SPAN = 64, 8, 128
 SCALE_DTYPES = {"lut": torch.float16, "exact": torch.float32, "int8": torch.uint8}  # of t
+BLOCKED_SCALE_DTYPES = {
+    "lut": torch.float8_e4m3fn,
+    "exact": torch.float32,
+    "int8": torch.uint8,
+}
 # Codes that change their layout together: temporaries stay some ten megabytes.
 CODES_AT_ONCE = 2**22
 
@@ -48,9 +66,16 @@ CODES_AT_ONCE = 2**22
 class PackedWeight:
     """A quantized linear as stored: words [N, K / 8] int32, scales [N, G] BF16, and its format."""
 
+    LAYOUT: ClassVar[str] = "checkpoint"
     words: Tensor
     scales: Tensor
     fmt: WeightFormat
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[N, K] of the weight."""
+        rows, words = self.words.shape
+        return rows, words * CODES_PER_WORD
 
 
 def pack_int4(codes: Tensor) -> Tensor:
@@ -84,6 +109,7 @@ class SplitWeight:
     exact; empty [0, N] with one scale a row.
     """
 
+    LAYOUT: ClassVar[str] = "split"
     codes: Tensor
     t: Tensor
     c: Tensor
@@ -137,6 +163,102 @@ def join_weight(weight: SplitWeight) -> PackedWeight:
     t = weight.t.float().T if len(weight.t) else torch.ones_like(weight.c).unsqueeze(1)
     scales = join_scales(t, weight.c.unsqueeze(1)).contiguous()
     return PackedWeight(words, scales, weight.fmt)
+
+
+@dataclass(frozen=True)
+class BlockedWeight:
+    """A quantized linear in the blocked layout (module docstring).
+
+    codes uint8, four dimensions; t uint8 for int8, float8_e4m3fn for lut, FP32 for exact; c [N]
+    FP32.
+    """
+
+    LAYOUT: ClassVar[str] = "blocked"
+    codes: Tensor
+    t: Tensor
+    c: Tensor
+    fmt: WeightFormat
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[N, K] of the weight."""
+        rows = len(self.c)
+        if self.fmt.per_channel:
+            return rows, self.t.shape[1]
+        if self.fmt.scheme == "w4a8":
+            return rows, 4 * self.codes.shape[1]
+        return rows, self.t.shape[1] * self.fmt.group_size
+
+
+def blocked_shapes(
+    rows: int, columns: int, fmt: WeightFormat
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes of codes and t of a [rows, columns] weight in the blocked layout."""
+    blocks, groups = -(-rows // BLOCK_ROWS), fmt.groups(columns)
+    if fmt.scheme == "w4a8":
+        codes: tuple[int, ...] = (blocks, columns // 4, 2, BLOCK_ROWS)
+        t: tuple[int, ...] = (blocks, -(-groups // 2), BLOCK_ROWS, 2)
+    else:
+        eights = blocks * (BLOCK_ROWS // ROWS_TOGETHER)
+        codes = (eights, -(-columns // BLOCK_SPAN), ROWS_TOGETHER, BLOCK_SPAN // 2)
+        t = (eights, groups, ROWS_TOGETHER)
+    return codes, (0, columns) if fmt.per_channel else t
+
+
+def block_weight(weight: PackedWeight) -> BlockedWeight:
+    """Checkpoint layout -> blocked layout, some rows at a time."""
+    (rows, columns), fmt, device = weight.shape, weight.fmt, weight.words.device
+    code_shape, t_shape = blocked_shapes(rows, columns, fmt)
+    codes = torch.empty(code_shape, dtype=torch.uint8, device=device)
+    blocks, padded = -(-rows // BLOCK_ROWS), -(-columns // BLOCK_SPAN) * BLOCK_SPAN
+    step, eights = max(1, CODES_AT_ONCE // (columns * BLOCK_ROWS)), BLOCK_ROWS // ROWS_TOGETHER
+    for start in range(0, blocks, step):
+        part = unpack_int4(weight.words[start * BLOCK_ROWS : (start + step) * BLOCK_ROWS])
+        count = min(step, blocks - start)
+        width = columns if fmt.scheme == "w4a8" else padded
+        b = torch.full((count * BLOCK_ROWS, width), -CODE_MIN, dtype=torch.uint8, device=device)
+        b[: len(part), :columns] = (part - CODE_MIN).view(torch.uint8)
+        if fmt.scheme == "w4a8":  # [blocks, half, nibble, 16, steps, 4]
+            b = b.view(count, 2, 2, 16, columns // 4, 4).permute(2, 0, 4, 1, 3, 5)
+            codes[start : start + count] = (b[0] | b[1] << 4).reshape(count, *code_shape[1:])
+        else:  # [eights, 8, spans, nibble / 2, nibble % 2, 32], a byte has two of a word's nibbles
+            b = b.view(count * eights, ROWS_TOGETHER, code_shape[1], 2, 2, 32).permute(
+                4, 0, 2, 1, 5, 3
+            )
+            codes[start * eights : (start + count) * eights] = (b[0] | b[1] << 4).flatten(3)
+    t, c = split_scales(weight.scales, fmt)
+    if fmt.per_channel:
+        t = t.new_empty(t_shape)
+    elif fmt.scheme == "w4a8":
+        t = _padded(t, blocks * BLOCK_ROWS, 2 * t_shape[1])
+        t = t.view(blocks, BLOCK_ROWS, t_shape[1], 2).transpose(1, 2)
+    else:
+        t = _padded(t, blocks * BLOCK_ROWS, t.shape[1])
+        t = t.view(t_shape[0], ROWS_TOGETHER, t_shape[1]).transpose(1, 2)
+    return BlockedWeight(
+        codes, t.contiguous().to(BLOCKED_SCALE_DTYPES[fmt.numerics]), c.flatten(), fmt
+    )
+
+
+def unblock_weight(weight: BlockedWeight) -> PackedWeight:
+    """Blocked layout -> checkpoint layout. Inverse of `block_weight`, bit for bit."""
+    (rows, columns), fmt, codes, t = weight.shape, weight.fmt, weight.codes, weight.t
+    b = torch.stack((codes & 15, codes >> 4))
+    if fmt.scheme == "w4a8":
+        b = b.view(2, len(codes), columns // 4, 2, 16, 4).permute(1, 3, 0, 4, 2, 5)
+    else:
+        b = b.view(2, *codes.shape[:3], 32, 2).permute(1, 3, 2, 5, 0, 4)
+    padded = -(-rows // BLOCK_ROWS) * BLOCK_ROWS
+    q = b.reshape(padded, -1)[:rows, :columns].view(torch.int8) + CODE_MIN
+    scales = torch.ones(rows, 1, device=codes.device)
+    if not fmt.per_channel:
+        scales = t.float().transpose(1, 2).reshape(padded, -1)[:rows, : fmt.groups(columns)]
+    return PackedWeight(pack_int4(q), join_scales(scales, weight.c.unsqueeze(1)), fmt)
+
+
+def _padded(t: Tensor, rows: int, columns: int) -> Tensor:
+    """t [N, G] with zeros to [rows, columns]."""
+    return torch.nn.functional.pad(t, (0, columns - t.shape[1], 0, rows - t.shape[0]))
 
 
 def pack_kv(rows: KVCodes) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ microseconds to every call: at some 200 ops a token that is felt.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -13,20 +14,23 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from quant_kernels import backend_cpu, backend_reference, dispatch
+from quant_kernels import dispatch
 from quant_kernels.formats import WeightFormat
 from quant_kernels.packing import (
+    BLOCKED_SCALE_DTYPES,
     KV_PAGE,
     SCALE_DTYPES,
+    BlockedWeight,
     PackedWeight,
     SplitWeight,
+    blocked_shapes,
     span_of,
 )
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 CODES = (torch.float8_e4m3fn, torch.int8)
 HEAD_DIMS = (32, 64, 96, 128, 256)
-Weight = PackedWeight | SplitWeight
+Weight = PackedWeight | SplitWeight | BlockedWeight
 
 
 class OpError(ValueError):
@@ -83,11 +87,8 @@ def _gemm(scheme: str) -> Callable[..., None]:
         backend: str,
     ) -> None:
         fmt = WeightFormat(scheme, group_size, numerics)
-        split = codes.dim() == 3
-        weight = SplitWeight(codes, t, c, fmt) if split else PackedWeight(codes, t, fmt)
-        rows, columns = (
-            weight.shape if isinstance(weight, SplitWeight) else (len(codes), codes.shape[1] * 8)
-        )
+        weight = _weight(op, codes, t, c, fmt)
+        rows, columns = weight.shape
         m = x_codes.shape[0]
         _expect(op, "x_codes", x_codes, (m, columns), (kind,))
         _expect(op, "x_scale", x_scale, (m, 1), (torch.float32,))
@@ -100,11 +101,11 @@ def _gemm(scheme: str) -> Callable[..., None]:
         if residual is not None:
             _expect(op, "residual", residual, (m, rows), FLOATS)
         module = backend_for(op, x_codes.device, backend)
-        if split != module.SPLIT_WEIGHTS:
-            wanted = "split" if module.SPLIT_WEIGHTS else "checkpoint"
+        if not isinstance(weight, module.WEIGHT):
             raise OpError(
-                f"{op}: the weight [{rows}, {columns}] is not in the {wanted} layout that backend "
-                f"{module.NAME!r} reads; make it with ops.prepare(weight, backend={module.NAME!r})"
+                f"{op}: the weight [{rows}, {columns}] is in the {weight.LAYOUT} layout, not in "
+                f"the {module.WEIGHT.LAYOUT} layout that backend {module.NAME!r} reads; make it "
+                f"with ops.prepare(weight, backend={module.NAME!r}) from the checkpoint's"
             )
         module.gemm(x_codes, x_scale, weight, out, bias, residual, silu_mul, workspace)
 
@@ -201,19 +202,41 @@ def _decode_attention(
     )  # fmt: skip
 
 
+def _weight(op: str, codes: Tensor, t: Tensor, c: Tensor, fmt: WeightFormat) -> Weight:
+    """The weight whose tensors these are: a layout is told by the dimensions of its codes."""
+    if codes.dim() not in (2, 3, 4) or t.dim() < 2 or c.dim() != 1:
+        raise OpError(
+            f"{op}: codes {list(codes.shape)}, t {list(t.shape)} and c {list(c.shape)} make no "
+            f"weight in any layout; make one with ops.prepare"
+        )
+    if codes.dim() == 2:
+        return PackedWeight(codes, t, fmt)
+    return SplitWeight(codes, t, c, fmt) if codes.dim() == 3 else BlockedWeight(codes, t, c, fmt)
+
+
+_MODULES = {
+    "reference": "quant_kernels.backend_reference",
+    "cpu": "quant_kernels.backend_cpu",
+    "triton": "quant_kernels.triton.backend",
+}
+
+
 def backend_for(op: str, device: torch.device, asked: str) -> ModuleType:
     """The module of the backend that `dispatch.choose` names."""
-    chosen = dispatch.choose(op, device, asked)
-    if chosen == "triton":
-        return importlib.import_module("quant_kernels.triton.backend")
-    return backend_cpu if chosen == "cpu" else backend_reference
+    return _module(dispatch.choose(op, device, asked))
+
+
+@functools.cache
+def _module(backend: str) -> ModuleType:
+    # Triton's is imported where it runs: it may not be installed.
+    return importlib.import_module(_MODULES[backend])
 
 
 def _expect(
     op: str, name: str, x: Tensor, shape: tuple[int, ...], dtypes: Sequence[torch.dtype]
 ) -> None:
     """Shape, dtype and a contiguous last dimension, or OpError."""
-    dense = x.dim() == 0 or x.shape[-1] <= 1 or x.stride(-1) == 1
+    dense = x.numel() <= 1 or x.shape[-1] <= 1 or x.stride(-1) == 1
     if tuple(x.shape) != shape or x.dtype not in dtypes or not dense:
         kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise OpError(
@@ -234,6 +257,13 @@ def _check_weight(op: str, weight: Weight, rows: int, columns: int) -> None:
         parts = {
             "codes": (weight.codes, (columns // (2 * half), rows, half), (torch.uint8,)),
             "t": (weight.t, shape, (SCALE_DTYPES[fmt.numerics],)),
+            "c": (weight.c, (rows,), (torch.float32,)),
+        }
+    elif isinstance(weight, BlockedWeight):
+        codes, scales = blocked_shapes(rows, columns, fmt)
+        parts = {
+            "codes": (weight.codes, codes, (torch.uint8,)),
+            "t": (weight.t, scales, (BLOCKED_SCALE_DTYPES[fmt.numerics],)),
             "c": (weight.c, (rows,), (torch.float32,)),
         }
     else:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quant_kernels import dispatch
+from quant_kernels import cpu, dispatch
 from quant_kernels.dispatch import BackendUnavailable
 
 CPU = torch.device("cpu")
@@ -29,7 +29,7 @@ def gpu(monkeypatch):
 
 def test_every_op_has_a_backend_on_every_supported_device(gpu):
     for op in dispatch.OPS:
-        assert dispatch.by_table(op, CPU) == "reference"
+        assert dispatch.by_table(op, CPU) == ("cpu" if cpu.available() else "reference")
     for capability in [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]:
         gpu(*capability)
         assert {dispatch.by_table(op, GPU) for op in dispatch.OPS} == {"triton"}
@@ -75,7 +75,7 @@ def test_a_misspelt_variable_is_named(text, monkeypatch):
 
 
 def test_an_unknown_backend_is_named():
-    with pytest.raises(ValueError, match="'cublas' is unknown; known: triton, cpu, reference"):
+    with pytest.raises(ValueError, match="'cublas' is unknown; known: cpu, triton, reference"):
         dispatch.choose("gemm_w4a8", CPU, "cublas")
 
 
@@ -90,6 +90,33 @@ def test_a_backend_that_cannot_run_is_not_replaced_in_silence(monkeypatch):
         dispatch.choose("rope_append", CPU)
 
 
+def test_without_the_library_the_table_names_the_reference_and_the_backend_is_refused(monkeypatch):
+    monkeypatch.setattr(cpu, "why_unavailable", lambda: "not built: run make native")
+    monkeypatch.setattr(cpu, "usable", lambda: False)
+    assert dispatch.choose("gemm_w4a8", CPU) == "reference"
+    for ask in (lambda: dispatch.choose("gemm_w4a8", CPU, "cpu"), by_variable(monkeypatch, "cpu")):
+        with pytest.raises(BackendUnavailable, match=r"'cpu' cannot run: .*make native"):
+            ask()
+    rows = {(op, device, backend): why for op, device, backend, why in dispatch.table()}
+    assert "not built" in rows["gemm_w4a8", "cpu", "reference"]
+
+
+def test_the_cpu_backend_says_what_it_has(gpu):
+    gpu(9, 0)
+    with pytest.raises(BackendUnavailable, match=r"'cpu' cannot run: .*memory of the CPU"):
+        dispatch.choose("gemm_w4a8", GPU, "cpu")
+
+
+def by_variable(monkeypatch, backend):
+    """What chooses with $FOURBYEIGHT_BACKEND set."""
+
+    def ask():
+        monkeypatch.setenv(dispatch.VARIABLE, backend)
+        return dispatch.choose("gemm_w4a8", CPU)
+
+    return ask
+
+
 def test_tensors_of_another_gpu_than_the_current_one_are_refused(gpu):
     gpu(9, 0)
     with pytest.raises(BackendUnavailable, match=r"current device, cuda:0.*device\('cuda:1'\)"):
@@ -99,4 +126,4 @@ def test_tensors_of_another_gpu_than_the_current_one_are_refused(gpu):
 def test_the_interpreter_counts_as_triton_on_a_cpu(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert dispatch.choose("rope_append", CPU, "triton") == "triton"
-    assert dispatch.choose("rope_append", CPU) == "reference"
+    assert dispatch.choose("rope_append", CPU) == dispatch.by_table("rope_append", CPU) != "triton"

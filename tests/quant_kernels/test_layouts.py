@@ -15,7 +15,16 @@ from quant_kernels.formats import (
     split_scales,
 )
 from quant_kernels.kv4 import KVCodes
-from quant_kernels.packing import PackedWeight, join_weight, pack_int4, span_of, split_weight
+from quant_kernels.packing import (
+    PackedWeight,
+    block_weight,
+    blocked_shapes,
+    join_weight,
+    pack_int4,
+    span_of,
+    split_weight,
+    unblock_weight,
+)
 
 
 def random_weight(n: int, k: int, fmt: WeightFormat, seed: int) -> PackedWeight:
@@ -109,3 +118,67 @@ def test_cache_rows_round_trip(tokens, heads, dim, seed):
     # Partners under RoPE share a byte.
     assert torch.equal(packed & 15, codes[..., : dim // 2].view(torch.uint8) & 15)
     assert torch.equal(packed >> 4, codes[..., dim // 2 :].view(torch.uint8) & 15)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(every_format()),
+    st.integers(1, 150),
+    st.integers(1, 20),
+    st.integers(0, 2**20),
+)
+def test_blocked_layout_round_trips(fmt, n, steps, seed):
+    k = steps * max(8, fmt.group_size)
+    weight = random_weight(n, k, fmt, seed)
+    blocked = block_weight(weight)
+    assert blocked.shape == (n, k)
+    shapes = blocked_shapes(n, k, fmt)
+    assert (tuple(blocked.codes.shape), tuple(blocked.t.shape)) == shapes
+    back = unblock_weight(blocked)
+    assert torch.equal(back.words, weight.words)
+    assert torch.equal(back.scales, weight.scales)
+
+
+@pytest.mark.parametrize(
+    ("fmt", "k"), [(fmt, k) for fmt in every_format() for k in (8, 96, 192, 384) if fits(fmt, k)]
+)
+def test_every_blocked_code_lies_where_the_docstring_says(fmt, k):
+    n = 70
+    weight = random_weight(n, k, fmt, 7)
+    b = packing.unpack_int4(weight.words).int() + 8
+    t, _ = split_scales(weight.scales, fmt)
+    blocked = block_weight(weight)
+    row, column = torch.meshgrid(torch.arange(n), torch.arange(k), indexing="ij")
+    if fmt.scheme == "w4a8":
+        half, nibble, o = row % 64 // 32, row % 32 // 16, row % 16
+        found = blocked.codes[row // 64, column // 4, half, 4 * o + column % 4]
+    else:
+        word, j = column % 32, column % 128 // 32
+        nibble = j % 2
+        found = blocked.codes[row // 8, column // 128, row % 8, 2 * word + j // 2]
+    assert torch.equal((found.int() >> 4 * nibble) & 15, b)
+    if fmt.per_channel:
+        return
+    group = column // fmt.group_size
+    if fmt.scheme == "w4a8":
+        scale = blocked.t[row // 64, group // 2, row % 64, group % 2]
+    else:
+        scale = blocked.t[row // 8, group, row % 8]
+    assert torch.equal(scale.float(), t.gather(1, group))
+
+
+def test_blocked_padding_multiplies_to_nothing():
+    for fmt in every_format():
+        blocked = block_weight(random_weight(1, 128, fmt, 3))
+        beyond = blocked.codes[:, :, 1] if fmt.scheme == "w4a8" else blocked.codes[1:]
+        assert bool((beyond == 0x88).all())
+
+
+@pytest.mark.parametrize("rows", [1, 64, 65])
+def test_blocking_some_rows_at_a_time_is_blocking_all(rows, monkeypatch):
+    for fmt in every_format():
+        weight = random_weight(3 * rows, 128, fmt, 11)
+        whole = block_weight(weight)
+        with monkeypatch.context() as patch:
+            patch.setattr(packing, "CODES_AT_ONCE", 128 * rows)
+            assert torch.equal(block_weight(weight).codes, whole.codes)

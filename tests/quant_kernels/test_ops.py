@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.library import opcheck
 
-from quant_kernels import ops, reference, reference_attention
+from quant_kernels import dispatch, ops, reference, reference_attention
 from quant_kernels.formats import FormatError, WeightFormat, every_format
 from quant_kernels.kv4 import KVFormat
 from quant_kernels.ops import OpError
@@ -13,6 +13,12 @@ from quant_kernels.packing import KV_PAGE, PackedWeight, pack_int4, split_weight
 
 F8 = torch.float8_e4m3fn
 HQ, HK, D, PAGES = 6, 2, 32, 5
+
+
+@pytest.fixture(autouse=True)
+def by_definition(monkeypatch):
+    """The backend that reads weights as they are stored; the others have tests of their own."""
+    monkeypatch.setenv(dispatch.VARIABLE, "reference")
 
 
 def packed(n: int, k: int, fmt: WeightFormat, seed: int = 0) -> PackedWeight:
@@ -175,7 +181,7 @@ def test_gemm_names_the_argument_that_does_not_fit(name):
 def test_a_weight_in_another_backends_layout_is_refused():
     fmt = WeightFormat("w4a8", 64, "int8")
     codes, scale = reference.quantize_activation(tokens(3, 128), "int8")
-    with pytest.raises(OpError, match=r"\[20, 128\] is not in the checkpoint layout.*ops.prepare"):
+    with pytest.raises(OpError, match=r"\[20, 128\] is in the split layout, not in the c.*prepare"):
         ops.gemm(codes, scale, split_weight(packed(20, 128, fmt)), torch.empty(3, 20))
 
 

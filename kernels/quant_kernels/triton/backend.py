@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from quant_kernels.packing import SplitWeight
 from quant_kernels.triton.activation import (
     quantize_activation,
     rms_norm_quantize,
@@ -17,11 +18,11 @@ from quant_kernels.triton.kv_append import rope_append
 from quant_kernels.triton.prefill_attention import prefill_attention
 
 NAME = "triton"
-SPLIT_WEIGHTS = True
+WEIGHT = SplitWeight
 
 __all__ = [
     "NAME",
-    "SPLIT_WEIGHTS",
+    "WEIGHT",
     "decode_attention",
     "gemm",
     "prefill_attention",

@@ -1,0 +1,142 @@
+// The FP8 kernel of a block: y[m, n] = sum_k x[m, k] P(q, t)[n, k], products exact, sums in FP32.
+//
+// E4M3 codes and the operands of `lut` are BF16 numbers, so that BF16 dot products lose nothing;
+// the operands q t of grouped `exact` are FP32. A lane sums the columns that fall to it, in order,
+// and the lanes are added at the end: the order of a sum depends on K alone.
+//
+// Codes b = q + 8 lie in rows of eight outputs, codes [N / 8, spans, 8, 64 bytes]: nibble j of
+// 16-bit word w of a span is column 32 j + w. A group has the 16 levels P(-8, t) .. P(7, t), and a
+// nibble is looked up in them, all nibbles of one j together. t [N / 8, G, 8]: E4M3 codes for lut,
+// FP32 for exact, nothing for one scale an output. Columns from K to the span's end have q = 0.
+//
+// An instruction set gives, before it includes this file: Operand (float, or uint16_t for BF16),
+// Sum, kColumnsAtOnce, kTileTokens, kTileRows, zero, operand, dot, total, look_up. As in
+// int8_kernels.h, nothing here may call a function template of the standard library.
+#include <cstring>
+
+#include "epilogue.h"
+#include "gemm.h"
+
+namespace quant {
+namespace {
+
+constexpr int kRows = kFp8Rows;
+
+int64_t fp8_token_bytes(const Gemm& g) { return sizeof(Operand) * g.spans() * kSpan; }
+int64_t fp8_scratch_bytes(const Gemm& g) { return kRows * fp8_token_bytes(g); }
+
+inline const float* values(float) { return kFp8Tables.value; }
+inline const uint16_t* values(uint16_t) { return kFp8Tables.value_bf16; }
+inline const float* levels_of(uint8_t t, float) { return kFp8Tables.levels[t & 127]; }
+inline const uint16_t* levels_of(uint8_t t, uint16_t) { return kFp8Tables.levels_bf16[t & 127]; }
+
+// Prepared tokens: the operands, zero from K to the end of the last span.
+void fp8_prepare(const Gemm& g, int64_t token, uint8_t* prepared) {
+  const uint8_t* x = g.x + token * g.x_stride;
+  Operand* to = reinterpret_cast<Operand*>(prepared + token * fp8_token_bytes(g));
+  const Operand* value = values(Operand());
+  for (int64_t k = 0; k < g.k; ++k) to[k] = value[x[k]];
+  for (int64_t k = g.k; k < g.spans() * kSpan; ++k) to[k] = Operand();
+}
+
+// The levels of group `group` of the rows [8] to which t belongs.
+struct Levels {
+  const Gemm& g;
+  const uint8_t* t;
+  Operand own[16];
+
+  const Operand* of(int64_t group, int row) {
+    if (g.per_channel) return levels_of(0x38, Operand());  // t = 1
+    if (group >= g.groups()) group = g.groups() - 1;         // q = 0: any will do
+    if (g.numerics == QUANT_CPU_LUT) return levels_of(t[group * kRows + row], Operand());
+    float scale;
+    std::memcpy(&scale, t + 4 * (group * kRows + row), sizeof scale);
+    for (int q = 0; q < 16; ++q) own[q] = static_cast<Operand>(static_cast<float>(q - 8) * scale);
+    return own;
+  }
+};
+
+void unpack_rows(const Gemm& g, const uint8_t* codes, const uint8_t* t, Operand* operands) {
+  Levels levels = {g, t, {}};
+  for (int64_t span = 0; span < g.spans(); ++span) {
+    for (int row = 0; row < kRows; ++row) {
+      const uint8_t* words = codes + (span * kRows + row) * (kSpan / 2);
+      Operand* to = operands + row * g.spans() * kSpan + span * kSpan;
+      const Operand* level = nullptr;
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        const int64_t k = span * kSpan + 32 * j;
+        if (j == 0 || k % g.group_size == 0) {
+          level = levels.of(g.per_channel ? 0 : k / g.group_size, row);
+        }
+        look_up(words, j, level, to + 32 * j);
+      }
+    }
+  }
+}
+
+// sums[m, r] = sum_k x[m, k] w[r, k]. `ahead` is the part of the weight that will be read next.
+template <int Tokens>
+__attribute__((noinline)) void fp8_tile(const Operand* w, const Operand* x, int64_t columns,
+                                        float* sums, const uint8_t* ahead) {
+  Sum sum[Tokens][kTileRows];
+#pragma GCC unroll 8
+  for (int m = 0; m < Tokens; ++m) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kTileRows; ++r) sum[m][r] = zero();
+  }
+  for (int64_t k = 0; k < columns; k += kColumnsAtOnce) {
+    __builtin_prefetch(ahead + k * kTileRows / 2);
+    __builtin_prefetch(ahead + k * kTileRows / 2 + 64);
+    Sum token[Tokens];
+#pragma GCC unroll 8
+    for (int m = 0; m < Tokens; ++m) token[m] = operand(x + m * columns + k);
+#pragma GCC unroll 8
+    for (int r = 0; r < kTileRows; ++r) {
+      const Sum weight = operand(w + r * columns + k);
+#pragma GCC unroll 8
+      for (int m = 0; m < Tokens; ++m) dot(sum[m][r], weight, token[m]);
+    }
+  }
+  for (int m = 0; m < Tokens; ++m) {
+    for (int r = 0; r < kTileRows; ++r) sums[m * kBlock + r] = total(sum[m][r]);
+  }
+}
+
+// As many tokens as a tile takes, at most Tokens; returns their number.
+template <int Tokens>
+int fp8_tiles(int left, const Operand* w, const Operand* x, int64_t columns, float* sums,
+              const uint8_t* ahead) {
+  if constexpr (Tokens > 1) {
+    if (left < Tokens) return fp8_tiles<Tokens - 1>(left, w, x, columns, sums, ahead);
+  }
+  for (int r = 0; r < kRows; r += kTileRows) {
+    fp8_tile<Tokens>(w + r * columns, x, columns, sums + r, ahead + r * columns / 2);
+  }
+  return Tokens;
+}
+
+void fp8_multiply(const Gemm& g, int64_t block, int64_t first, int tokens, const uint8_t* prepared,
+                  uint8_t* scratch, void* to, int64_t next) {
+  constexpr int kParts = kBlock / kRows;
+  const int64_t columns = g.spans() * kSpan;
+  const int64_t code_bytes = kRows * columns / 2;
+  const int64_t t_bytes =
+      g.per_channel ? 0 : kRows * g.groups() * (g.numerics == QUANT_CPU_LUT ? 1 : 4);
+  Operand* operands = reinterpret_cast<Operand*>(scratch);
+  const Operand* x = reinterpret_cast<const Operand*>(prepared) + first * columns;
+  for (int64_t part = block * kParts; part < (block + 1) * kParts; ++part) {
+    unpack_rows(g, g.codes + part * code_bytes, static_cast<const uint8_t*>(g.t) + part * t_bytes,
+                operands);
+    int64_t ahead = part + 1;
+    if (ahead % kParts == 0) ahead = next < 0 ? part : next * kParts;
+    float* sums = static_cast<float*>(to) + part % kParts * kRows;
+    for (int m = 0; m < tokens;) {
+      m += fp8_tiles<kTileTokens>(tokens - m, operands, x + m * columns, columns, sums + m * kBlock,
+                                  g.codes + ahead * code_bytes);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace quant

@@ -1,0 +1,80 @@
+// FP8 in plain C++, in FP32, and the tables of all FP8 kernels.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#include "gemm.h"
+
+namespace quant {
+namespace {
+
+using Operand = float;
+typedef float Sum __attribute__((vector_size(16)));
+constexpr int kColumnsAtOnce = 4;
+constexpr int kTileTokens = 2;
+constexpr int kTileRows = 4;
+
+Sum zero() { return Sum{}; }
+Sum operand(const Operand* from) {
+  Sum sum;
+  std::memcpy(&sum, from, sizeof sum);
+  return sum;
+}
+void dot(Sum& sum, Sum a, Sum b) { sum += a * b; }
+float total(Sum sum) { return (sum[0] + sum[2]) + (sum[1] + sum[3]); }
+void look_up(const uint8_t* words, int j, const Operand* levels, Operand* to) {
+  for (int i = 0; i < 32; ++i) to[i] = levels[words[2 * i + j / 2] >> (4 * (j % 2)) & 15];
+}
+
+float e4m3_value(int code) {
+  const int exponent = code >> 3 & 15, mantissa = code & 7;
+  if (exponent == 15 && mantissa == 7) return std::numeric_limits<float>::quiet_NaN();
+  const float magnitude = exponent == 0 ? std::ldexp(float(mantissa), -9)
+                                        : std::ldexp(float(8 + mantissa), exponent - 10);
+  return (code & 128) != 0 ? -magnitude : magnitude;
+}
+
+// Nearest E4M3 number: four significant bits, or multiples of 2^-9.
+float round_e4m3(float value) {
+  if (!(std::fabs(value) > 0)) return value;
+  int exponent;
+  std::frexp(value, &exponent);
+  const int last = exponent - 4 < -9 ? -9 : exponent - 4;
+  return std::ldexp(std::nearbyint(std::ldexp(value, -last)), last);
+}
+
+uint16_t upper_half(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return static_cast<uint16_t>(bits >> 16);
+}
+
+Fp8Tables make_tables() {
+  Fp8Tables tables;
+  for (int code = 0; code < 256; ++code) {
+    tables.value[code] = e4m3_value(code);
+    tables.value_bf16[code] = upper_half(tables.value[code]);
+  }
+  for (int t = 0; t < 128; ++t) {
+    for (int q = 0; q < 16; ++q) {
+      tables.levels[t][q] = round_e4m3(float(q - 8) * tables.value[t]);
+      tables.levels_bf16[t][q] = upper_half(tables.levels[t][q]);
+    }
+  }
+  return tables;
+}
+
+}  // namespace
+
+const Fp8Tables kFp8Tables = make_tables();
+
+}  // namespace quant
+
+#include "fp8_kernels.h"
+
+namespace quant {
+const Kernels kFp32Portable = {
+    "portable_fp32",   fp8_token_bytes, fp8_scratch_bytes, fp8_prepare, fp8_multiply,
+    scale_sums<float>, silu_mul,        load_row,          store_row,   add};
+}  // namespace quant

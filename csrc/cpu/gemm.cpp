@@ -1,0 +1,216 @@
+// Y = X W^T (csrc/include/quant_cpu.h): checks, the split of the work, and the epilogue's order.
+//
+// An item of work is one block of 64 outputs, or with silu_mul one of the gate and what belongs to
+// it of up, and some tokens. Items are independent, and none sums over a part of K: results depend
+// neither on the threads nor on how many tokens there are.
+#include "gemm.h"
+
+#include <algorithm>
+#include <cstring>
+#include <new>
+
+#include "parallel.h"
+
+namespace quant {
+namespace {
+
+constexpr int64_t kSumBytes = 4 * kBlock;  // of a token
+// Below so many activations the pool costs more than it saves.
+constexpr int64_t kPrepareAlone = 1 << 15;
+
+int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+int64_t ceil_div(int64_t value, int64_t by) { return (value + by - 1) / by; }
+
+// Memory of the calling thread that grows and is kept, so that decode allocates nothing.
+struct Arena {
+  uint8_t* memory = nullptr;
+  int64_t size = 0;
+
+  ~Arena() { free(); }
+  void free() { ::operator delete(memory, std::align_val_t(64)); }
+  uint8_t* reserve(int64_t bytes) {
+    if (bytes > size) {
+      free();
+      const auto rounded = static_cast<size_t>(round_up(bytes, 4096));
+      memory = static_cast<uint8_t*>(::operator new(rounded, std::align_val_t(64), std::nothrow));
+      size = memory == nullptr ? 0 : static_cast<int64_t>(rounded);
+    }
+    return memory;
+  }
+};
+
+struct Work {
+  const Gemm& g;
+  const Kernels& kernels;
+  int threads;
+  int64_t outputs;     // of Y: N, or N / 2 with silu_mul
+  int64_t range;       // tokens of an item
+  int64_t item_count;  // blocks times ranges
+  int64_t sums_bytes;  // of one block's sums
+  const uint8_t* prepared;
+
+  int64_t ranges() const { return ceil_div(g.m, range); }
+};
+
+// c and bias of 64 rows from `row` on; zero beyond the last.
+struct Factors {
+  float c[kBlock] = {};
+  float bias[kBlock] = {};
+  bool has_bias;
+
+  Factors(const Work& work, int64_t row) : has_bias(work.g.bias != nullptr) {
+    const int count = static_cast<int>(std::min<int64_t>(kBlock, work.g.n - row));
+    std::memcpy(c, work.g.c + row, sizeof(float) * static_cast<size_t>(count));
+    if (has_bias) {
+      const int64_t size = work.g.bias_type == QUANT_CPU_FP32 ? 4 : 2;
+      const auto* from = static_cast<const uint8_t*>(work.g.bias) + row * size;
+      work.kernels.load(from, work.g.bias_type, count, bias);
+    }
+  }
+  const float* bias_or_null() const { return has_bias ? bias : nullptr; }
+};
+
+// Tokens [first, first + tokens) of the outputs that begin with `column`, from their sums.
+void finish(const Work& work, int64_t column, int64_t first, int tokens, const uint8_t* sums,
+            const uint8_t* up_sums) {
+  const Gemm& g = work.g;
+  const Factors factors(work, column);
+  const int64_t up_row = work.outputs + column;
+  const Factors up_factors(work, g.silu_mul ? up_row : column);
+  const int count = static_cast<int>(std::min<int64_t>(kBlock, work.outputs - column));
+  const int64_t out_size = g.out_type == QUANT_CPU_FP32 ? 4 : 2;
+  const int64_t residual_size = g.residual_type == QUANT_CPU_FP32 ? 4 : 2;
+  // Where up does not begin with a block, its 64 rows lie in two.
+  const int64_t shift = up_row % kBlock;
+  for (int m = 0; m < tokens; ++m) {
+    const int64_t token = first + m;
+    const float x_scale = g.x_scale[token * g.x_scale_stride];
+    alignas(64) float y[kBlock], other[kBlock] = {};
+    work.kernels.scale(sums + m * kSumBytes, x_scale, factors.c, factors.bias_or_null(), y);
+    if (g.silu_mul) {
+      alignas(64) uint8_t row[kSumBytes];
+      const uint8_t* from = up_sums + m * kSumBytes;
+      std::memcpy(row, from + 4 * shift, static_cast<size_t>(kSumBytes - 4 * shift));
+      std::memcpy(row + kSumBytes - 4 * shift, from + work.sums_bytes,
+                  static_cast<size_t>(4 * shift));
+      work.kernels.scale(row, x_scale, up_factors.c, up_factors.bias_or_null(), other);
+      work.kernels.silu_mul(y, other, y);
+    } else if (g.residual != nullptr) {
+      const auto* from = static_cast<const uint8_t*>(g.residual) +
+                         (token * g.residual_stride + column) * residual_size;
+      work.kernels.load(from, g.residual_type, count, other);
+      work.kernels.add(other, y);
+    }
+    auto* to = static_cast<uint8_t*>(g.out) + (token * g.out_stride + column) * out_size;
+    work.kernels.store(y, g.out_type, count, to);
+  }
+}
+
+void run_item(const Work& work, int64_t item, uint8_t* scratch) {
+  const Gemm& g = work.g;
+  const int64_t block = item / work.ranges();
+  const int64_t first = item % work.ranges() * work.range;
+  const int tokens = static_cast<int>(std::min(work.range, g.m - first));
+  const int64_t after = (item + work.threads) / work.ranges();
+  const int64_t next = item + work.threads < work.item_count && after != block ? after : -1;
+  uint8_t* const sums = scratch;
+  uint8_t* const up_sums = sums + work.sums_bytes;
+  uint8_t* const rest = sums + (g.silu_mul ? 3 : 1) * work.sums_bytes;
+  const auto multiply = [&](int64_t of, uint8_t* to, int64_t ahead) {
+    work.kernels.multiply(g, of, first, tokens, work.prepared, rest, to, ahead);
+  };
+  if (!g.silu_mul) {
+    multiply(block, sums, next);
+  } else {
+    const int64_t up = (work.outputs + block * kBlock) / kBlock;
+    const bool two = (work.outputs % kBlock) != 0 && up + 1 < g.blocks();
+    multiply(block, sums, up);
+    multiply(up, up_sums, two ? up + 1 : next);
+    if (two) multiply(up + 1, up_sums + work.sums_bytes, next);
+  }
+  finish(work, block * kBlock, first, tokens, sums, up_sums);
+}
+
+int run(const Gemm& g, int threads) {
+  const bool int8 = g.numerics == QUANT_CPU_INT8;
+  const Kernels* kernels = kernels_for(int8, g.per_channel || g.numerics == QUANT_CPU_LUT);
+  if (kernels == nullptr) return QUANT_CPU_ISA_UNAVAILABLE;
+  threads = std::max(threads, 1);
+  Work work = {g, *kernels, threads, g.silu_mul ? g.n / 2 : g.n, g.m, 0, 0, nullptr};
+  const int64_t blocks = ceil_div(work.outputs, kBlock);
+  // Tiles of tokens divide 48. Enough items for every thread, but no more passes over the weights.
+  constexpr int64_t kLeast = 48;
+  if (g.m > kLeast) {
+    const int64_t wanted = std::min(ceil_div(4 * threads, blocks), ceil_div(g.m, kLeast));
+    const int64_t ranges = std::max(wanted, ceil_div(g.m, kTokens));
+    work.range = round_up(ceil_div(g.m, ranges), kLeast);
+  }
+  work.item_count = blocks * work.ranges();
+  work.sums_bytes = work.range * kSumBytes;
+  const int64_t prepared_bytes = round_up(g.m * kernels->token_bytes(g), 64);
+  const int64_t scratch_bytes =
+      round_up((g.silu_mul ? 3 : 1) * work.sums_bytes + kernels->scratch_bytes(g), 4096);
+  const auto team = static_cast<int>(std::min<int64_t>(threads, work.item_count));
+  thread_local Arena arena;
+  uint8_t* const memory = arena.reserve(prepared_bytes + team * scratch_bytes);
+  if (memory == nullptr) return QUANT_CPU_OUT_OF_MEMORY;
+  work.prepared = memory;
+  parallel_for(g.m, g.m * g.k > kPrepareAlone ? threads : 1,
+               [&](int64_t token, int) { kernels->prepare(g, token, memory); });
+  parallel_for(work.item_count, team, [&](int64_t item, int thread) {
+    run_item(work, item, memory + prepared_bytes + thread * scratch_bytes);
+  });
+  return QUANT_CPU_OK;
+}
+
+bool is_type(int type) { return type >= QUANT_CPU_FP32 && type <= QUANT_CPU_FP16; }
+
+}  // namespace
+}  // namespace quant
+
+int quant_cpu_gemm(const void* x, int64_t x_stride, const float* x_scale, int64_t x_scale_stride,
+                   const uint8_t* codes, const void* t, const float* c, int64_t m, int64_t n,
+                   int64_t k, int64_t group_size, int numerics, void* out, int64_t out_stride,
+                   int out_type, const void* bias, int bias_type, const void* residual,
+                   int64_t residual_stride, int residual_type, int silu_mul, int threads) {
+  if (m < 0 || n < 0 || k < 0) return QUANT_CPU_NEGATIVE_SIZE;
+  if (numerics < QUANT_CPU_INT8 || numerics > QUANT_CPU_EXACT || !quant::is_type(out_type) ||
+      (bias != nullptr && !quant::is_type(bias_type)) ||
+      (residual != nullptr && !quant::is_type(residual_type))) {
+    return QUANT_CPU_UNKNOWN_TYPE;
+  }
+  const bool per_channel = group_size < 0;
+  const bool known = per_channel || group_size == 32 || group_size == 64 || group_size == 128;
+  if (k % 8 != 0 || !known || (!per_channel && k % group_size != 0)) {
+    return QUANT_CPU_RAGGED_GROUPS;
+  }
+  if (silu_mul != 0 && (n % 2 != 0 || residual != nullptr)) return QUANT_CPU_NOT_A_PAIR;
+  if (m == 0 || n == 0) return QUANT_CPU_OK;
+  if (x_scale == nullptr || c == nullptr || out == nullptr ||
+      (k != 0 && (x == nullptr || codes == nullptr || (!per_channel && t == nullptr)))) {
+    return QUANT_CPU_NULL_POINTER;
+  }
+  const quant::Gemm g = {static_cast<const uint8_t*>(x),
+                         x_stride,
+                         x_scale,
+                         x_scale_stride,
+                         codes,
+                         t,
+                         c,
+                         m,
+                         n,
+                         k,
+                         per_channel ? k : group_size,
+                         per_channel,
+                         numerics,
+                         out,
+                         out_stride,
+                         out_type,
+                         bias,
+                         bias_type,
+                         residual,
+                         residual_stride,
+                         residual_type,
+                         silu_mul != 0};
+  return quant::run(g, threads);
+}

@@ -1,0 +1,87 @@
+// What the GEMM's driver (gemm.cpp) and its kernels agree on.
+//
+// A weight [N, K] is cut into blocks of 64 outputs. A kernel computes the sums of one block and
+// some tokens; the epilogue scales them, adds what is to be added, and rounds once. Every kernel
+// exists per instruction set, from the same templates, and is chosen at run time.
+#ifndef QUANT_GEMM_H_
+#define QUANT_GEMM_H_
+
+#include <cstdint>
+
+#include "quant_cpu.h"
+
+namespace quant {
+
+constexpr int kBlock = 64;
+// Tokens that share an unpacked weight. Their sums, 60 KiB, stay in the L2 cache.
+constexpr int kTokens = 240;
+// Columns that are unpacked together for INT8: 32 KiB of operands, for the L1 cache.
+constexpr int kColumns = 512;
+constexpr int kFp8Rows = 8;  // unpacked together over all of K
+constexpr int kSpan = 128;
+
+struct Gemm {
+  const uint8_t* x;
+  int64_t x_stride;
+  const float* x_scale;
+  int64_t x_scale_stride;
+  const uint8_t* codes;
+  const void* t;
+  const float* c;
+  int64_t m, n, k;
+  int64_t group_size;  // K where per_channel
+  bool per_channel;
+  int numerics;        // QuantCpuNumerics
+  void* out;
+  int64_t out_stride;
+  int out_type;  // QuantCpuType
+  const void* bias;
+  int bias_type;
+  const void* residual;
+  int64_t residual_stride;
+  int residual_type;
+  bool silu_mul;
+
+  int64_t groups() const { return per_channel ? 1 : k / group_size; }
+  int64_t pairs() const { return (groups() + 1) / 2; }
+  int64_t spans() const { return (k + kSpan - 1) / kSpan; }
+  int64_t blocks() const { return (n + kBlock - 1) / kBlock; }
+};
+
+// The kernels of one instruction set and one kind of number.
+struct Kernels {
+  const char* name;
+  // Bytes that `prepare` writes for a token, and scratch bytes of a thread.
+  int64_t (*token_bytes)(const Gemm&);
+  int64_t (*scratch_bytes)(const Gemm&);
+  void (*prepare)(const Gemm&, int64_t token, uint8_t* prepared);
+  // The sums [tokens, 64], INT32 or FP32, of a block; `next` is the one to fetch ahead, or -1.
+  void (*multiply)(const Gemm&, int64_t block, int64_t first, int tokens, const uint8_t* prepared,
+                   uint8_t* scratch, void* sums, int64_t next);
+  // y[j] = sums[j] * x_scale * c[j] (+ bias[j]): the reference's order, one rounding each.
+  void (*scale)(const void* sums, float x_scale, const float* c, const float* bias, float* y);
+  void (*silu_mul)(const float* gate, const float* up, float* y);
+  void (*load)(const void* from, int type, int count, float* to);
+  void (*store)(const float* from, int type, int count, void* to);
+  void (*add)(const float* from, float* y);
+};
+
+extern const Kernels kInt8Portable, kFp32Portable;
+#if defined(__x86_64__)
+extern const Kernels kInt8Avx2, kInt8AvxVnni, kInt8Avx512, kInt8Amx;
+extern const Kernels kFp32Avx2, kFp32Avx512, kBf16Avx512;
+#endif
+
+// The kernels for these numbers on this machine; null where $QUANT_CPU_ISA names what it lacks.
+const Kernels* kernels_for(bool int8, bool exact_in_bf16);
+
+// E4M3's values, and the levels E4M3(q t) of every positive E4M3 scale t, by code; q = -8..7.
+struct Fp8Tables {
+  float value[256], levels[128][16];
+  uint16_t value_bf16[256], levels_bf16[128][16];
+};
+extern const Fp8Tables kFp8Tables;
+
+}  // namespace quant
+
+#endif  // QUANT_GEMM_H_

@@ -1,0 +1,61 @@
+// INT8 with registers of eight lanes: AVX-VNNI (QUANT_VNNI is defined), or AVX2.
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace quant {
+namespace {
+
+using V = __m256i;
+constexpr int kBytes = 32;
+constexpr int kTileVectors = 2;
+
+V load(const void* from) { return _mm256_loadu_si256(static_cast<const V*>(from)); }
+void store(void* to, V v) { _mm256_storeu_si256(static_cast<V*>(to), v); }
+V splat(int32_t word) { return _mm256_set1_epi32(word); }
+V and_bytes(V a, V b) { return _mm256_and_si256(a, b); }
+V shift_nibble(V a) { return _mm256_srli_epi16(a, 4); }
+V multiply16(V a, V b) { return _mm256_mullo_epi16(a, b); }
+V times8(V a) { return _mm256_slli_epi32(a, 3); }
+V widen(const void* from) {
+  return _mm256_cvtepu8_epi16(_mm_loadu_si128(static_cast<const __m128i*>(from)));
+}
+V first_of_pair(V a) {
+  return _mm256_or_si256(_mm256_and_si256(a, splat(0xFFFF)), _mm256_slli_epi32(a, 16));
+}
+V second_of_pair(V a) {
+  const V second = _mm256_srli_epi32(a, 16);
+  return _mm256_or_si256(second, _mm256_slli_epi32(second, 16));
+}
+void dot16(V& sum, V a, V b) { sum = _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
+#ifdef QUANT_VNNI
+constexpr int kTileTokens = 6;
+void dot8(V& sum, V bytes, V x) {
+  asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(bytes), "x"(x));
+}
+#else
+// vpmaddubsw would saturate: even and odd bytes are multiplied as 16-bit numbers.
+constexpr int kTileTokens = 4;
+void dot8(V& sum, V bytes, V x) {
+  const V even = _mm256_madd_epi16(_mm256_and_si256(bytes, splat(0x00FF00FF)),
+                                   _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8));
+  const V odd = _mm256_madd_epi16(_mm256_srli_epi16(bytes, 8), _mm256_srai_epi16(x, 8));
+  sum = _mm256_add_epi32(sum, _mm256_add_epi32(even, odd));
+}
+#endif
+
+}  // namespace
+}  // namespace quant
+
+#include "int8_kernels.h"
+
+namespace quant {
+#ifdef QUANT_VNNI
+const Kernels kInt8AvxVnni = {"avx_vnni",
+#else
+const Kernels kInt8Avx2 = {"avx2",
+#endif
+                              int8_token_bytes, int8_scratch_bytes,  int8_prepare,
+                              int8_multiply,    scale_sums<int32_t>, silu_mul,
+                              load_row,         store_row,           add};
+}  // namespace quant

@@ -1,0 +1,220 @@
+// The INT8 kernel of a block, for any vector: y[m, n] = sum_k x[m, k] q[n, k] t[n, k / g].
+//
+// The dot product of four bytes (vpdpbusd) wants one factor unsigned. With b = q + 8 in 0..15 and t
+// in 1..16 the products b t fit eight bits, so that one INT32 sum runs over all of K:
+//
+//   sum_k x q t = sum_k x (b t) - 8 sum_G t[n, G] X[m, G],     X[m, G] = sum of x over group G
+//
+// The second term is what the sums begin with. |X| <= 128 * 128 fits 16 bits: two groups are one
+// step of a 16-bit dot product. INT32 wraps, so only the result has to fit.
+//
+// A lane is an output, its four bytes are four consecutive k. Two bytes of b times t are one 16-bit
+// product, since neither exceeds 240. A step of four k has its 128 bytes of codes in the order
+//   byte 64 h + 4 o + i:  low nibble b[32 h + o, k + i], high nibble b[32 h + 16 + o, k + i]
+// and t comes in pairs of groups: t [pairs, 64, 2] uint8.
+//
+// An instruction set gives, before it includes this file and in a namespace without a name:
+// V, kBytes, kTileTokens, kTileVectors, load, store, splat, and_bytes, shift_nibble, multiply16,
+// dot8, dot16, widen, first_of_pair, second_of_pair, times8. Nothing here may call a function
+// template of the standard library: the linker would share it with code for older machines.
+#include <cstring>
+
+#include "epilogue.h"
+#include "gemm.h"
+
+namespace quant {
+namespace {
+
+constexpr int kVectors = 4 * kBlock / kBytes;  // of a block
+constexpr int kHalf = 64 / kBytes;             // of 16 outputs
+
+int32_t word_at(const void* from) {
+  int32_t word;
+  std::memcpy(&word, from, sizeof word);
+  return word;
+}
+
+// Prepared tokens: -X[m, G] in pairs of int16, or one int32 -8 X[m] with one scale an output.
+int64_t int8_token_bytes(const Gemm& g) { return g.per_channel ? 4 : 4 * g.pairs(); }
+int64_t int8_scratch_bytes(const Gemm&) { return 4 * kBlock / 4 * kColumns; }
+
+void int8_prepare(const Gemm& g, int64_t token, uint8_t* prepared) {
+  const int8_t* x = reinterpret_cast<const int8_t*>(g.x) + token * g.x_stride;
+  uint8_t* to = prepared + token * int8_token_bytes(g);
+  if (g.per_channel) {
+    int32_t sum = 0;
+    for (int64_t k = 0; k < g.k; ++k) sum += x[k];
+    sum *= -8;
+    std::memcpy(to, &sum, 4);
+    return;
+  }
+  for (int64_t group = 0; group < 2 * g.pairs(); ++group) {
+    int32_t sum = 0;
+    if (group < g.groups()) {
+      for (int64_t k = 0; k < g.group_size; ++k) sum += x[group * g.group_size + k];
+    }
+    const int16_t negative = static_cast<int16_t>(-sum);
+    std::memcpy(to + 2 * group, &negative, 2);
+  }
+}
+
+// sums[m, :] = -8 sum_G t X for as many tokens as a tile takes; returns their number.
+template <int Tokens>
+int begin_sums(int left, const Gemm& g, const uint8_t* t, const uint8_t* prepared, int32_t* sums) {
+  if constexpr (Tokens > 1) {
+    if (left < Tokens) return begin_sums<Tokens - 1>(left, g, t, prepared, sums);
+  }
+  const int64_t stride = int8_token_bytes(g);
+  for (int first = 0; first < kVectors; first += kTileVectors) {
+    V sum[Tokens][kTileVectors];
+    for (int m = 0; m < Tokens; ++m) {
+      for (int v = 0; v < kTileVectors; ++v) sum[m][v] = splat(0);
+    }
+    for (int64_t pair = 0; pair < g.pairs(); ++pair) {
+      for (int v = 0; v < kTileVectors; ++v) {
+        const V scale = widen(t + pair * 2 * kBlock + (first + v) * (kBytes / 2));
+        for (int m = 0; m < Tokens; ++m) {
+          dot16(sum[m][v], scale, splat(word_at(prepared + m * stride + 4 * pair)));
+        }
+      }
+    }
+    for (int m = 0; m < Tokens; ++m) {
+      for (int v = 0; v < kTileVectors; ++v) {
+        store(sums + m * kBlock + (first + v) * (kBytes / 4), times8(sum[m][v]));
+      }
+    }
+  }
+  return Tokens;
+}
+
+// codes [steps, 128] -> operands b t [steps, 64, 4]; Scaled: times t of the steps' group.
+template <bool Scaled>
+void unpack_group(const uint8_t* codes, int64_t steps, const uint8_t* t, int64_t group,
+                  uint8_t* operands) {
+  const V mask = splat(0x0F0F0F0F);
+  V scale[kVectors];
+  for (int v = 0; v < kVectors && Scaled; ++v) {
+    const V pair = widen(t + group / 2 * 2 * kBlock + v * (kBytes / 2));
+    scale[v] = group % 2 == 0 ? first_of_pair(pair) : second_of_pair(pair);
+  }
+  for (int64_t step = 0; step < steps; ++step) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kVectors / 2; ++i) {
+      const int low = i / kHalf * 2 * kHalf + i % kHalf;
+      const V bytes = load(codes + step * 2 * kBlock + i * kBytes);
+      V first = and_bytes(bytes, mask);
+      V second = and_bytes(shift_nibble(bytes), mask);
+      if (Scaled) {
+        first = multiply16(first, scale[low]);
+        second = multiply16(second, scale[low + kHalf]);
+      }
+      uint8_t* to = operands + step * 4 * kBlock + low * kBytes;
+      store(to, first);
+      store(to + kHalf * kBytes, second);
+    }
+  }
+}
+
+void unpack(const Gemm& g, const uint8_t* codes, const uint8_t* t, int64_t first, int64_t columns,
+            uint8_t* operands) {
+  if (g.per_channel) return unpack_group<false>(codes, columns / 4, t, 0, operands);
+  for (int64_t k = 0; k < columns; k += g.group_size) {
+    unpack_group<true>(codes + k / 4 * 2 * kBlock, g.group_size / 4, t, (first + k) / g.group_size,
+                       operands + k * kBlock);
+  }
+}
+
+// sums += x operands^T for `Tokens` tokens, the loop that everything else is there for. `ahead` is
+// a place in the weight that will be read soon.
+template <int Tokens>
+__attribute__((noinline)) void tile(const uint8_t* operands, int64_t steps, const int8_t* x,
+                                    int64_t x_stride, int32_t* sums, const uint8_t* ahead) {
+  for (int first = 0; first < kVectors; first += kTileVectors) {
+    V sum[Tokens][kTileVectors];
+#pragma GCC unroll 8
+    for (int m = 0; m < Tokens; ++m) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kTileVectors; ++v) {
+        sum[m][v] = load(sums + m * kBlock + (first + v) * (kBytes / 4));
+      }
+    }
+    const uint8_t* w = operands + first * kBytes;
+    for (int64_t step = 0; step < steps; ++step) {
+      __builtin_prefetch(ahead + step * 64);
+      V weight[kTileVectors];
+#pragma GCC unroll 8
+      for (int v = 0; v < kTileVectors; ++v) weight[v] = load(w + step * 4 * kBlock + v * kBytes);
+#pragma GCC unroll 8
+      for (int m = 0; m < Tokens; ++m) {
+        const V token = splat(word_at(x + m * x_stride + 4 * step));
+#pragma GCC unroll 8
+        for (int v = 0; v < kTileVectors; ++v) dot8(sum[m][v], weight[v], token);
+      }
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < Tokens; ++m) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kTileVectors; ++v) {
+        store(sums + m * kBlock + (first + v) * (kBytes / 4), sum[m][v]);
+      }
+    }
+  }
+}
+
+// As many tokens as a tile takes, at most Tokens; returns their number.
+template <int Tokens>
+int tiles(int left, const uint8_t* operands, int64_t steps, const int8_t* x, int64_t x_stride,
+          int32_t* sums, const uint8_t* ahead) {
+  if constexpr (Tokens > 1) {
+    if (left < Tokens) {
+      return tiles<Tokens - 1>(left, operands, steps, x, x_stride, sums, ahead);
+    }
+  }
+  tile<Tokens>(operands, steps, x, x_stride, sums, ahead);
+  return Tokens;
+}
+
+void int8_begin(const Gemm& g, const uint8_t* t, int64_t first, int tokens, const uint8_t* prepared,
+                int32_t* sums) {
+  const int64_t bytes = int8_token_bytes(g);
+  for (int m = 0; m < tokens;) {
+    const uint8_t* token = prepared + (first + m) * bytes;
+    if (g.per_channel) {
+      const V sum = splat(word_at(token));
+      for (int v = 0; v < kVectors; ++v) store(sums + m * kBlock + v * (kBytes / 4), sum);
+      ++m;
+    } else {
+      m += begin_sums<kTileTokens>(tokens - m, g, t, token, sums + m * kBlock);
+    }
+  }
+}
+
+void int8_multiply(const Gemm& g, int64_t block, int64_t first, int tokens, const uint8_t* prepared,
+                   uint8_t* operands, void* to, int64_t next) {
+  int32_t* sums = static_cast<int32_t*>(to);
+  const int8_t* x = reinterpret_cast<const int8_t*>(g.x) + first * g.x_stride;
+  const uint8_t* codes = g.codes + block * (g.k / 4) * 2 * kBlock;
+  const uint8_t* t = static_cast<const uint8_t*>(g.t) + block * g.pairs() * 2 * kBlock;
+  int8_begin(g, t, first, tokens, prepared, sums);
+  for (int64_t k = 0; k < g.k; k += kColumns) {
+    const int64_t columns = g.k - k < kColumns ? g.k - k : kColumns;
+    unpack(g, codes + k / 4 * 2 * kBlock, t, k, columns, operands);
+    // What comes next is fetched while the tokens are multiplied, some lines a tile.
+    const uint8_t* ahead = codes + (k + kColumns) / 4 * 2 * kBlock;
+    int64_t lines = (g.k - k - columns < kColumns ? g.k - k - columns : kColumns) / 2;
+    if (lines == 0) {
+      ahead = g.codes + next * (g.k / 4) * 2 * kBlock;
+      lines = next < 0 ? 0 : (g.k < kColumns ? g.k : kColumns) / 2;
+    }
+    for (int m = 0; m < tokens;) {
+      const bool fetch = lines > 0;
+      m += tiles<kTileTokens>(tokens - m, operands, columns / 4, x + m * g.x_stride + k, g.x_stride,
+                              sums + m * kBlock, fetch ? ahead : operands);
+      ahead += columns / 4 * 64;
+      lines -= columns / 4;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace quant
