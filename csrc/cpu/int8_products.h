@@ -55,7 +55,8 @@ inline void block(Digits d, int64_t k_words, const uint8_t* codes, int64_t colum
     for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 3
       for (int l = 0; l < LIMBS; ++l) {
-        const __m512i digit = _mm512_set1_epi32(four_digits(d.at + (r * LIMBS + l) * d.stride + 4 * g));
+        const __m512i digit =
+            _mm512_set1_epi32(four_digits(d.at + (r * LIMBS + l) * d.stride + 4 * g));
 #pragma GCC unroll 4
         for (int v = 0; v < VECTORS; ++v) dot(acc[r][l][v], code[v], digit);
       }
@@ -160,8 +161,8 @@ class Products {
 #if defined(__AMX_INT8__)
 
   // The digits of a number are rows of a tile of 16, and 32 columns two tiles of sums. Behind the
-  // last row, and behind k up to a multiple of 64, there may be anything, but digits are there to be
-  // read, and 0 behind k.
+  // last row, and behind k up to a multiple of 64, there may be anything, but digits are there to
+  // be read, and 0 behind k.
   template <int LIMBS>
   void run(Digits d, int64_t rows, int64_t k, const uint8_t* codes, int64_t columns,
            const int32_t* start, int32_t* sums, int64_t sums_row) {

@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 
 from quant_kernels import cpu, native
+from quant_kernels.cpu import isa, isas, set_isa
 from quant_kernels.packing import BlockedWeight
+
+__all__ = ["gemm", "isa", "isas", "set_isa"]
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # QuantCpuType
 NUMERICS = {"int8": 0, "lut": 1, "exact": 2}  # QuantCpuNumerics
@@ -50,34 +53,12 @@ def gemm(
         )
 
 
-def isas() -> tuple[str, ...]:
-    """The instruction sets that this machine runs, best first."""
-    return tuple(_library().quant_cpu_isas().decode().split())
-
-
-def isa() -> str:
-    """The instruction set in use; empty where $QUANT_CPU_ISA names one that is not in `isas`."""
-    return str(_library().quant_cpu_isa().decode())
-
-
-def set_isa(name: str | None) -> None:
-    """Use this instruction set in the whole process; None: $QUANT_CPU_ISA's or the best again."""
-    if _library().quant_cpu_set_isa(None if name is None else name.encode()):
-        raise ValueError(
-            f"instruction set {name!r} is unknown, or this machine lacks it; it has: "
-            f"{', '.join(isas())}"
-        )
-
-
 @functools.cache
 def _library() -> ctypes.CDLL:
     library = native.load("quant_cpu", cpu.ABI)
     pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     library.quant_cpu_error_string.argtypes = [number]
     library.quant_cpu_error_string.restype = ctypes.c_char_p
-    library.quant_cpu_isas.restype = ctypes.c_char_p
-    library.quant_cpu_isa.restype = ctypes.c_char_p
-    library.quant_cpu_set_isa.argtypes = [ctypes.c_char_p]
     library.quant_cpu_gemm.argtypes = [
         pointer, size,  # x, its stride
         pointer, size,  # x_scale, its stride
