@@ -85,16 +85,22 @@ def choose(op: str, device: torch.device, asked: str = "") -> str:
 def by_table(op: str, device: torch.device) -> str:
     """The backend of the first rule that fits; BackendUnavailable where none does."""
     found = capability(device)
-    for rule in RULES:
-        fits = op in rule.ops and rule.device == device.type
-        if fits and rule.backend == "cpu":
-            fits = cpu.usable()
-        if fits and (rule.capability or (0, 0)) <= found:
-            return rule.backend
+    backend = _first_rule(op, device.type, found, device.type == "cpu" and cpu.usable())
+    if backend is not None:
+        return backend
     raise BackendUnavailable(
         f"{op}: no backend runs on {device} (sm_{found[0]}{found[1]}); Triton's kernels need sm_80 "
         f"or newer. Pass backend='reference' (slow) or move the model to the CPU"
     )
+
+
+@functools.cache
+def _first_rule(op: str, device: str, found: tuple[int, int], has_cpu_library: bool) -> str | None:
+    for rule in RULES:
+        fits = op in rule.ops and rule.device == device and (rule.capability or (0, 0)) <= found
+        if fits and (rule.backend != "cpu" or has_cpu_library):
+            return rule.backend
+    return None
 
 
 def table() -> list[tuple[str, str, str, str]]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from quant_kernels import dispatch
 from quant_kernels.packing import PackedWeight, block_weight, split_weight
-from quant_kernels.registration import OpError, Weight, backend_for
+from quant_kernels.registration import OpError, Weight, backend_for, call
 
 __all__ = [
     "OpError",
@@ -38,7 +38,7 @@ __all__ = [
 
 def quantize_activation(x: Tensor, codes: Tensor, scale: Tensor, *, backend: str = "") -> None:
     """x [M, K] -> codes [M, K], scale [M, 1] FP32 (`reference.quantize_activation`)."""
-    torch.ops.fourbyeight.quantize_activation(x, codes, scale, backend)
+    call("quantize_activation", x, codes, scale, backend)
 
 
 def rms_norm_quantize(
@@ -55,12 +55,12 @@ def rms_norm_quantize(
 
     residual [M, H], x's dtype: becomes x + residual, rounded, and is what is normed.
     """
-    torch.ops.fourbyeight.rms_norm_quantize(x, weight, eps, codes, scale, residual, backend)
+    call("rms_norm_quantize", x, weight, eps, codes, scale, residual, backend)
 
 
 def silu_mul_quantize(gate_up: Tensor, codes: Tensor, scale: Tensor, *, backend: str = "") -> None:
     """gate_up [M, 2 F], gate first: silu(gate) * up in its dtype, then `quantize_activation`."""
-    torch.ops.fourbyeight.silu_mul_quantize(gate_up, codes, scale, backend)
+    call("silu_mul_quantize", gate_up, codes, scale, backend)
 
 
 def gemm(
@@ -87,9 +87,8 @@ def gemm(
         parts = (weight.words, weight.scales, weight.scales.new_empty(0, dtype=torch.float32))
     else:
         parts = (weight.codes, weight.t, weight.c)
-    op = getattr(torch.ops.fourbyeight, f"gemm_{fmt.scheme}")
-    op(
-        x_codes, x_scale, *parts, fmt.group_size, fmt.numerics, out,
+    call(
+        f"gemm_{fmt.scheme}", x_codes, x_scale, *parts, fmt.group_size, fmt.numerics, out,
         bias, residual, silu_mul, workspace, backend,
     )  # fmt: skip
 
@@ -119,8 +118,8 @@ def rope_append(
     place s % KV_PAGE of page s // KV_PAGE, and a negative one stores nothing. Definition and the
     other arguments: `reference_attention.rope_quantize`, `append_kv`.
     """
-    torch.ops.fourbyeight.rope_append(
-        qkv, positions, cos, sin, slots, q_codes, q_scale, kv_codes, kv_scales,
+    call(
+        "rope_append", qkv, positions, cos, sin, slots, q_codes, q_scale, kv_codes, kv_scales,
         *(norms or (None, None)), eps, *(key_transform or (None, None)), symmetric, backend,
     )  # fmt: skip
 
@@ -145,9 +144,9 @@ def prefill_attention(
     block_table [B, P], cu_seqlens [B + 1], kv_lens [B], all int32; max_query_len: of the longest
     chunk, known on the host. out [T, Hq, D] BF16, FP16 or FP32.
     """
-    torch.ops.fourbyeight.prefill_attention(
-        q_codes, q_scale, kv_codes, kv_scales, block_table, cu_seqlens, kv_lens,
-        max_query_len, out, sm_scale, window, backend,
+    call(
+        "prefill_attention", q_codes, q_scale, kv_codes, kv_scales, block_table, cu_seqlens,
+        kv_lens, max_query_len, out, sm_scale, window, backend,
     )  # fmt: skip
 
 
@@ -169,8 +168,8 @@ def decode_attention(
 
     Length 0 (a padded place) gives zeros. workspace: see `workspace_bytes`.
     """
-    torch.ops.fourbyeight.decode_attention(
-        q_codes, q_scale, kv_codes, kv_scales, block_table, kv_lens, out,
+    call(
+        "decode_attention", q_codes, q_scale, kv_codes, kv_scales, block_table, kv_lens, out,
         sm_scale, window, workspace, backend,
     )  # fmt: skip
 
