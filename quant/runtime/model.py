@@ -236,27 +236,15 @@ class Model:
 
     def _workspace(self, tokens: int, singles: int) -> Tensor | None:
         """For the ops of one step, which run one after the other."""
-        size = _workspace_bytes(
-            self.device,
-            self._gemms,
-            tokens,
-            (singles, self.config.num_heads, self.config.num_kv_heads, self.config.head_dim)
-            if singles and self.kv is not None
-            else None,
+        cfg = self.config
+        shape = (singles, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim)
+        attention = shape if singles and self.kv is not None else None
+        if not self._gemms and attention is None:
+            return None
+        size = ops.workspace_bytes(
+            self.device, gemms=self._gemms, max_tokens=tokens, attention=attention
         )
         return torch.empty(size, dtype=torch.uint8, device=self.device) if size else None
-
-
-@functools.lru_cache(maxsize=4096)
-def _workspace_bytes(
-    device: torch.device,
-    gemms: tuple[tuple[int, int], ...],
-    tokens: int,
-    attention: tuple[int, int, int, int] | None,
-) -> int:
-    if not gemms and attention is None:
-        return 0
-    return ops.workspace_bytes(device, gemms=gemms, max_tokens=tokens, attention=attention)
 
 
 def load_model(

@@ -18,10 +18,11 @@ from quant_kernels.kv4 import KVFormat
 AsModel = Callable[[Decoder], Model]
 
 # FP32 sums in another order, on logits of order one, and codes that they tip over: a code of an
-# activation is 1/127 of its token's largest number, or 1/16 of itself in FP8. What is dropped or
-# misplaced moves logits by their own size (`test_the_bounds_notice_what_is_wrong`).
+# activation is 1/127 of its token's largest number, or 1/16 of itself in FP8. Kernels that sum in
+# another order than the definitions do so more often. What is dropped or misplaced moves logits by
+# their own size (`test_the_bounds_notice_what_is_wrong`).
 DENSE_TOLERANCE = 1e-4
-QUANTIZED_ERROR = 2e-4  # 1 - 2 <x, y> / (|x|^2 + |y|^2)
+ERRORS = {"reference": 2e-4, "cpu": 4e-3, "triton": 4e-3}  # 1 - 2 <x, y> / (|x|^2 + |y|^2)
 LENGTHS = (40, 1, 17, 64, 65, 2)  # longer than windows; a page and one more
 PACKED = (
     "lut-128", "lut-64", "lut-32-ignore", "lut-channel", "exact-32", "exact-64", "exact-128",
@@ -111,9 +112,16 @@ def test_a_dense_model_is_the_decoder(
 
 @pytest.mark.parametrize("kv", ["none", "asymmetric", "symmetric"])
 @pytest.mark.parametrize("case", PACKED)
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_a_quantized_model_is_the_decoder(
-    case: str, kv: str, quantized_case: Callable[[str], Any], as_model: AsModel
+    backend: str,
+    case: str,
+    kv: str,
+    quantized_case: Callable[[str], Any],
+    as_model: AsModel,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("FOURBYEIGHT_BACKEND", backend)
     decoder = load_decoder(quantized_case(case).output, dtype=torch.float32)
     if kv != "none":
         decoder = with_kv(decoder, KVFormat(symmetric=kv == "symmetric"), transformed=True)
@@ -122,12 +130,54 @@ def test_a_quantized_model_is_the_decoder(
     wanted = torch.cat([wanted_logits(decoder, tokens) for tokens in sequences])
     for sizes in STEPS.values():
         found = torch.cat(in_steps(as_model(decoder), sequences, sizes))
-        assert relative_error(found, wanted) < QUANTIZED_ERROR
+        assert relative_error(found, wanted) < ERRORS[backend]
+
+
+@pytest.mark.parametrize("case", ["lut-64", "int8-64", "exact-64"])
+def test_triton_kernels_make_the_same_model(
+    case: str,
+    quantized_case: Callable[[str], Any],
+    as_model: AsModel,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In Triton's interpreter, which is slow: one prompt and three tokens, beside another."""
+    monkeypatch.setenv("FOURBYEIGHT_BACKEND", "triton")
+    decoder = load_decoder(quantized_case(case).output, dtype=torch.float32)
+    decoder = with_kv(decoder, KVFormat(), transformed=True)
+    sequences = random_sequences((9, 5))
+    with monkeypatch.context() as patch:
+        patch.setenv("FOURBYEIGHT_BACKEND", "reference")
+        wanted = torch.cat([wanted_logits(decoder, tokens) for tokens in sequences])
+    found = torch.cat(in_steps(as_model(decoder), sequences, (4, 2, 1)))
+    assert relative_error(found, wanted) < ERRORS["triton"]
+
+
+@pytest.mark.parametrize("case", ["lut-64", "int8-64", "exact-64"])
+def test_on_a_cpu_a_token_is_the_same_bits_whatever_runs_beside_it(
+    case: str,
+    quantized_case: Callable[[str], Any],
+    as_model: AsModel,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("FOURBYEIGHT_BACKEND", "cpu")
+    decoder = load_decoder(quantized_case(case).output, dtype=torch.float32)
+    model = as_model(with_kv(decoder, KVFormat(), transformed=True))
+    # The last layer's output: the head is torch's, which sums in an order of its own.
+    object.__setattr__(model, "lm_head", torch.eye(model.config.hidden_size))
+    sequences = random_sequences()
+    whole = in_steps(model, sequences, (1000,))
+    for sizes in ((7, 1, 1, 20, 1000), (1,)):
+        for x, y in zip(in_steps(model, sequences, sizes), whole, strict=True):
+            assert torch.equal(x, y)
+    for tokens, y in zip(sequences, whole, strict=True):
+        (x,) = in_steps(model, [tokens], (13, 1))
+        assert torch.equal(x, y)
 
 
 def test_the_bounds_notice_what_is_wrong(
-    quantized_case: Callable[[str], Any], as_model: AsModel
+    quantized_case: Callable[[str], Any], as_model: AsModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("FOURBYEIGHT_BACKEND", "reference")
     decoder = load_decoder(quantized_case("int8-64").output, dtype=torch.float32)
     decoder = with_kv(decoder, KVFormat())
     tokens = random_sequences((64,))[0]
@@ -144,14 +194,14 @@ def test_the_bounds_notice_what_is_wrong(
     for other in wrong:
         changed = dataclasses.replace(decoder, blocks=(decoder.blocks[0], other))
         (found,) = in_steps(as_model(changed), [tokens], (1000,))
-        assert relative_error(found, wanted) > 5 * QUANTIZED_ERROR
+        assert relative_error(found, wanted) > 10 * ERRORS["reference"]
     # The second chunk one position late, over the same keys.
     model = as_model(decoder)
     cache = model.new_cache(1, 64)
     for part, start in ((tokens[:30], 0), (tokens[30:60], 31)):
         batch = make_batch([Chunk(part, start, [0])], model.device)
         late = model.logits(model.forward(batch, cache))
-    assert relative_error(late, wanted[30:60]) > 5 * QUANTIZED_ERROR
+    assert relative_error(late, wanted[30:60]) > 10 * ERRORS["reference"]
 
 
 def test_hidden_states_come_in_the_order_of_the_sequences(
