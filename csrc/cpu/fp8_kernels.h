@@ -98,7 +98,9 @@ __attribute__((noinline)) void fp8_tile(const Operand* w, const Operand* x, int6
       for (int m = 0; m < Tokens; ++m) dot(sum[m][r], weight, token[m]);
     }
   }
+#pragma GCC unroll 8
   for (int m = 0; m < Tokens; ++m) {
+#pragma GCC unroll 8
     for (int r = 0; r < kTileRows; ++r) sums[m * kBlock + r] = total(sum[m][r]);
   }
 }
