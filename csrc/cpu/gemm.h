@@ -13,8 +13,8 @@
 namespace quant {
 
 constexpr int kBlock = 64;
-// Tokens that share an unpacked weight. Their sums, 132 KiB, stay in the L2 cache.
-constexpr int kTokens = 528;
+// Tokens that share an unpacked weight: their codes and sums stay in the L2 cache.
+constexpr int64_t kTokenBytes = 1 << 20;
 constexpr int kFp8Rows = 8;  // unpacked together over all of K
 constexpr int kSpan = 128;
 

@@ -9,7 +9,7 @@ namespace {
 using V = __m256i;
 constexpr int kBytes = 32;
 constexpr int kTileVectors = 2;
-constexpr int kColumns = 256;
+constexpr int kManyColumns = 256;
 
 V load(const void* from) { return _mm256_loadu_si256(static_cast<const V*>(from)); }
 void store(void* to, V v) { _mm256_storeu_si256(static_cast<V*>(to), v); }

@@ -12,9 +12,9 @@ constexpr int kBytes = 64;
 constexpr int kTileTokens = 6;
 constexpr int kTileVectors = 4;
 #ifdef QUANT_AMX
-constexpr int kColumns = 1024;
+constexpr int kManyColumns = 512;
 #else
-constexpr int kColumns = 256;
+constexpr int kManyColumns = 4096;
 #endif
 
 V load(const void* from) { return _mm512_loadu_si512(from); }

@@ -17,7 +17,7 @@
 // columns at a time (`tile`).
 //
 // An instruction set gives, before it includes this file and in a namespace without a name:
-// V, kBytes, kTileTokens, kTileVectors, kColumns (a multiple of 128), load, store, splat,
+// V, kBytes, kTileTokens, kTileVectors, kManyColumns, load, store, splat,
 // and_bytes, shift_nibble, multiply16, dot8, dot16, widen, first_of_pair, second_of_pair, times8,
 // matrix_tiles (as many tokens as a matrix unit takes, or 0). Nothing here may call a function
 // template of the standard library: the linker would share it with code for older machines.
@@ -31,6 +31,11 @@ namespace {
 
 constexpr int kVectors = 4 * kBlock / kBytes;  // of a block
 constexpr int kHalf = 64 / kBytes;             // of 16 outputs
+// Columns that are unpacked together: for the L1 cache, since writing operands elsewhere costs more
+// than it saves; for many tokens all that the L2 cache takes, so that sums stay in registers
+// longer.
+constexpr int kColumns = 256;
+constexpr int kManyTokens = 96;
 constexpr int kStreamTokens = 4;
 constexpr int kStreamVectors = kBytes == 64 ? 2 : 1;  // of codes, at once
 constexpr int kAhead = 2048;                          // bytes of codes, fetched before their turn
@@ -43,7 +48,7 @@ int32_t word_at(const void* from) {
 
 // Prepared tokens: -X[m, G] in pairs of int16, or one int32 -8 X[m] with one scale an output.
 int64_t int8_token_bytes(const Gemm& g) { return g.per_channel ? 4 : 4 * g.pairs(); }
-int64_t int8_scratch_bytes(const Gemm&) { return kBlock * kColumns; }
+int64_t int8_scratch_bytes(const Gemm&) { return kBlock * kManyColumns; }
 
 void int8_prepare(const Gemm& g, int64_t token, uint8_t* prepared) {
   const int8_t* x = reinterpret_cast<const int8_t*>(g.x) + token * g.x_stride;
@@ -108,6 +113,7 @@ void unpack_group(const uint8_t* codes, int64_t steps, const uint8_t* t, int64_t
 #pragma GCC unroll 8
     for (int i = 0; i < kVectors / 2; ++i) {
       const int low = i / kHalf * 2 * kHalf + i % kHalf;
+      __builtin_prefetch(codes + step * 2 * kBlock + i * kBytes + kAhead);
       const V bytes = load(codes + step * 2 * kBlock + i * kBytes);
       V first = and_bytes(bytes, mask);
       V second = and_bytes(shift_nibble(bytes), mask);
@@ -270,15 +276,16 @@ void int8_multiply(const Gemm& g, int64_t block, int64_t first, int tokens, cons
   const uint8_t* t = static_cast<const uint8_t*>(g.t) + block * g.pairs() * 2 * kBlock;
   int8_begin(g, t, first, tokens, prepared, sums);
   if (tokens <= kStreamTokens) return streams<kStreamTokens>(tokens, g, codes, t, x, sums);
-  for (int64_t k = 0; k < g.k; k += kColumns) {
-    const int64_t columns = g.k - k < kColumns ? g.k - k : kColumns;
+  const int64_t most = tokens < kManyTokens ? kColumns : kManyColumns;
+  for (int64_t k = 0; k < g.k; k += most) {
+    const int64_t columns = g.k - k < most ? g.k - k : most;
     unpack(g, codes + k / 4 * 2 * kBlock, t, k, columns, operands);
     // What comes next is fetched while the tokens are multiplied, some lines a tile.
-    const uint8_t* ahead = codes + (k + kColumns) / 4 * 2 * kBlock;
-    int64_t lines = (g.k - k - columns < kColumns ? g.k - k - columns : kColumns) / 2;
+    const uint8_t* ahead = codes + (k + most) / 4 * 2 * kBlock;
+    int64_t lines = (g.k - k - columns < most ? g.k - k - columns : most) / 2;
     if (lines == 0) {
       ahead = g.codes + next * (g.k / 4) * 2 * kBlock;
-      lines = next < 0 ? 0 : (g.k < kColumns ? g.k : kColumns) / 2;
+      lines = next < 0 ? 0 : (g.k < most ? g.k : most) / 2;
     }
     int m = matrix_tiles(tokens, operands, columns, x + k, g.x_stride, sums);
     while (m < tokens) {

@@ -14,7 +14,7 @@ typedef uint32_t U32 __attribute__((vector_size(16)));
 constexpr int kBytes = 16;
 constexpr int kTileTokens = 4;
 constexpr int kTileVectors = 2;
-constexpr int kColumns = 256;
+constexpr int kManyColumns = 256;
 
 V load(const void* from) {
   V v;
