@@ -64,7 +64,7 @@ struct PageOperands {
 };
 
 struct BlockMemory {
-  alignas(64) int32_t sums[BLOCK_ROWS * MAX_HEAD_DIM];
+  alignas(64) int32_t sums[BLOCK_ROWS * PAGE];  // scores before their scales
   alignas(64) int8_t digits[BLOCK_ROWS + 8][P_LIMBS][PAGE];
   int32_t start[BLOCK_ROWS];
   float fade[BLOCK_ROWS], back[BLOCK_ROWS];
@@ -230,7 +230,9 @@ void attend_block(TileCall& t, const PageOperands& page, int64_t first_key, int6
                   int64_t end, State& state, BlockMemory& block, NextPage& next) {
   const int64_t rows = end - begin, dim = state.dim;
   const Digits q = {t.q.digits[begin][0], MAX_HEAD_DIM};
-  t.products.run<Q_LIMBS>(q, rows, dim, page.keys, PAGE, t.q.start + begin, block.sums, PAGE);
+  t.products.run<Q_LIMBS>(
+      q, rows, dim, page.keys, PAGE, t.q.start + begin,
+      [&](int64_t r, int64_t n, I32 sum) { memcpy(block.sums + r * PAGE + n, &sum, sizeof(sum)); });
   next.fetch_quarter();
   for (int64_t r = begin; r < end; ++r) {
     const int64_t lo = t.q.first_key[r] - first_key, hi = t.q.end_key[r] - first_key;
@@ -239,14 +241,11 @@ void attend_block(TileCall& t, const PageOperands& page, int64_t first_key, int6
   }
   next.fetch_quarter();
   const Digits p = {block.digits[0][0], PAGE};
-  t.products.run<P_LIMBS>(p, rows, PAGE, page.values, dim, block.start, block.sums, dim);
-  for (int64_t r = 0; r < rows; ++r) {
-    float* out = state.out + (begin + r) * dim;
-    for (int64_t d = 0; d < dim; d += LANES) {
-      const F32 sum = to_float(read<I32>(block.sums + r * dim + d));
-      store(out + d, fma(sum, splat(block.back[r]), load(out + d) * block.fade[r]));
-    }
-  }
+  t.products.run<P_LIMBS>(
+      p, rows, PAGE, page.values, dim, block.start, [&](int64_t r, int64_t n, I32 sum) {
+        float* out = state.out + (begin + r) * dim + n;
+        store(out, fma(to_float(sum), splat(block.back[r]), load(out) * block.fade[r]));
+      });
 }
 
 void read_page(const TileCall& t, int64_t index, PageOperands& page, NextPage& next) {
