@@ -121,6 +121,29 @@ struct TileCall {
   }
 };
 
+// PAGE integers of 16 bits -> p: their digits in base 256, the low ones first.
+#if defined(__AVX512BW__)
+void store_two_digits(const I32* x, int8_t* p) {
+  const __m512i a = _mm512_packs_epi32((__m512i)x[0], (__m512i)x[1]);
+  const __m512i b = _mm512_packs_epi32((__m512i)x[2], (__m512i)x[3]);
+  const __m512i byte = _mm512_set1_epi16(255), half = _mm512_set1_epi16(128);
+  const __m512i low = _mm512_packus_epi16(a & byte, b & byte);
+  const __m512i high = _mm512_packs_epi16(_mm512_srai_epi16(_mm512_add_epi16(a, half), 8),
+                                          _mm512_srai_epi16(_mm512_add_epi16(b, half), 8));
+  // Packing works in quarters of a register: four lanes of x[0], of x[1], ...
+  const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+  _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order, low));
+  _mm512_storeu_si512(p + PAGE, _mm512_permutexvar_epi32(order, high));
+}
+#else
+void store_two_digits(const I32* x, int8_t* p) {
+  for (int j = 0; j < PAGE; j += LANES) {
+    store_low_bytes(p + j, x[j / LANES]);
+    store_low_bytes(p + PAGE + j, (x[j / LANES] + 128) >> 8);
+  }
+}
+#endif
+
 // Scores of one row and page -> its p, and the digits of P. seen: keys [lo, hi) of the page.
 void softmax_row(const PageOperands& page, const Queries& q, int64_t r, int lo, int hi,
                  State& state, BlockMemory& block, int64_t in_block) {
@@ -173,14 +196,13 @@ void softmax_row(const PageOperands& page, const Queries& q, int64_t r, int lo, 
   int32_t e = finite ? (largest_bits + 0x80000) >> 23 : 16;
   if (e < 16) e = 16;
   const float up = bits_as<float>((268 - e) << 23);
-  I32 row_sum = {};
+  I32 row_sum = {}, integers[N];
 #pragma GCC unroll 4
   for (int j = 0; j < N; ++j) {
-    const I32 digits = to_int(round_e4m3_integers(finite ? x[j] * up : F32{}));
-    row_sum += digits;
-    store_low_bytes(block.digits[in_block][0] + j * LANES, digits);
-    store_low_bytes(block.digits[in_block][1] + j * LANES, (digits + 128) >> 8);
+    integers[j] = to_int(round_e4m3_integers(finite ? x[j] * up : F32{}));
+    row_sum += integers[j];
   }
+  store_two_digits(integers, block.digits[in_block][0]);
   block.start[in_block] = -8 * sum(row_sum);
   block.fade[in_block] = fade;
   block.back[in_block] = finite ? bits_as<float>((e - 14) << 23) : __builtin_nanf("");
