@@ -159,42 +159,62 @@ class Products {
 
 #if defined(__AMX_INT8__)
 
-  // The digits of a number are rows of a tile of 16, and 32 columns two tiles of sums. Behind the
-  // last row, and behind k up to a multiple of 64, there may be anything, but digits are there to
-  // be read, and 0 behind k.
+  // The digits of a number are rows of a tile of 16, and up to 64 columns four tiles of sums.
+  // Behind the last row, and behind k up to a multiple of 64, there may be anything, but digits are
+  // there to be read, and 0 behind k. Sums are added up while the next tiles are multiplied.
   template <int LIMBS, class Emit>
   void run(Digits d, int64_t rows, int64_t k, const uint8_t* codes, int64_t columns,
            const int32_t* start, const Emit& emit) {
     constexpr int ROWS = 16 / LIMBS;
     configure();
-    alignas(64) int32_t parts[2][16][16];
-    for (int64_t first = 0; first < rows; first += ROWS) {
-      const int64_t end = first + ROWS < rows ? first + ROWS : rows;
-      for (int64_t n = 0; n < columns; n += 32) {
-        _tile_zero(0);
-        _tile_zero(1);
-        for (int64_t i = 0; i < k; i += 64) {
-          const uint8_t* p = codes + (i / 4 * columns + n) * 4;
-          _tile_loadd(2, d.at + first * LIMBS * d.stride + i, d.stride);
-          _tile_loadd(3, p, columns * 4);
-          _tile_dpbsud(0, 2, 3);
-          _tile_loadd(4, p + 64, columns * 4);
-          _tile_dpbsud(1, 2, 4);
-        }
-        _tile_stored(0, parts[0], 64);
-        _tile_stored(1, parts[1], 64);
-        for (int64_t r = first; r < end; ++r) {
-          for (int half = 0; half < 2; ++half) {
-            __m512i sum = _mm512_set1_epi32(start[r]);
-            for (int l = 0; l < LIMBS; ++l) {
-              const __m512i part = _mm512_load_si512(parts[half][(r - first) * LIMBS + l]);
-              sum = _mm512_add_epi32(sum, _mm512_slli_epi32(part, 8 * l));
-            }
-            emit(r, n + 16 * half, (I32)sum);
+    alignas(64) int32_t parts[2][4][16][16];
+    int turn = 0;
+    int64_t done_row = 0, done_n = -1;
+    const auto add_up = [&](const int32_t (*part)[16][16]) {
+      const int64_t end = done_row + ROWS < rows ? done_row + ROWS : rows;
+      const int tiles = columns - done_n < 64 ? 2 : 4;
+      for (int64_t r = done_row; r < end; ++r) {
+        for (int tile = 0; tile < tiles; ++tile) {
+          __m512i sum = _mm512_set1_epi32(start[r]);
+          for (int l = 0; l < LIMBS; ++l) {
+            const __m512i limb = _mm512_load_si512(part[tile][(r - done_row) * LIMBS + l]);
+            sum = _mm512_add_epi32(sum, _mm512_slli_epi32(limb, 8 * l));
           }
+          emit(r, done_n + 16 * tile, (I32)sum);
         }
       }
+    };
+    for (int64_t first = 0; first < rows; first += ROWS) {
+      for (int64_t n = 0; n < columns; n += 64) {
+        const bool wide = n + 64 <= columns;
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        for (int64_t i = 0; i < k; i += 64) {
+          const uint8_t* p = codes + (i / 4 * columns + n) * 4;
+          _tile_loadd(4, d.at + first * LIMBS * d.stride + i, d.stride);
+          _tile_loadd(5, p, columns * 4);
+          _tile_dpbsud(0, 4, 5);
+          _tile_loadd(6, p + 64, columns * 4);
+          _tile_dpbsud(1, 4, 6);
+          if (!wide) continue;
+          _tile_loadd(5, p + 128, columns * 4);
+          _tile_dpbsud(2, 4, 5);
+          _tile_loadd(6, p + 192, columns * 4);
+          _tile_dpbsud(3, 4, 6);
+        }
+        _tile_stored(0, parts[turn][0], 64);
+        _tile_stored(1, parts[turn][1], 64);
+        _tile_stored(2, parts[turn][2], 64);
+        _tile_stored(3, parts[turn][3], 64);
+        turn ^= 1;
+        if (done_n >= 0) add_up(parts[turn]);
+        done_row = first;
+        done_n = n;
+      }
     }
+    if (done_n >= 0) add_up(parts[turn ^ 1]);
   }
 
   ~Products() {
@@ -209,8 +229,8 @@ class Products {
     configured_ = true;
     struct {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t bytes[16] = {64, 64, 64, 64, 64};
-      uint8_t rows[16] = {16, 16, 16, 16, 16};
+      uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16};
     } config;
     _tile_loadconfig(&config);
   }
