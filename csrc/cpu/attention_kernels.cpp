@@ -95,7 +95,7 @@ struct TileCall {
       const uint8_t* codes = call.q_codes + at * call.q_token + head(r) * call.q_head;
       I32 sums = {}, nan = {};
       for (int64_t i = 0; i < call.head_dim; i += LANES) {
-        const I32 code = bits_as<I32>(__builtin_convertvector(read<U8>(codes + i), U32));
+        const I32 code = widen(read<U8>(codes + i));
         I32 x = e4m3_integers(code);
         sums += x;
         nan |= (code & 127) == 127;

@@ -137,7 +137,20 @@ inline float largest(F32 x) {
 // --- FP16 and BF16, rounded to nearest even -----------------------------------------------------
 
 inline I32 widen(U16 x) { return bits_as<I32>(__builtin_convertvector(x, U32)); }
+#if defined(__AVX512F__)  // GCC 12 takes lanes out one by one for the conversions below
+inline I32 widen(U8 x) { return (I32)_mm512_cvtepu8_epi32((__m128i)x); }
+inline U16 narrow(I32 x) { return (U16)_mm512_cvtepi32_epi16((__m512i)x); }
+#elif defined(__AVX2__)
+inline I32 widen(U8 x) { return (I32)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(bits_as<int64_t>(x))); }
+inline U16 narrow(I32 x) {
+  const __m256i low = _mm256_and_si256((__m256i)x, _mm256_set1_epi32(0xFFFF));
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, low), 8);
+  return (U16)_mm256_castsi256_si128(packed);
+}
+#else
+inline I32 widen(U8 x) { return bits_as<I32>(__builtin_convertvector(x, U32)); }
 inline U16 narrow(I32 x) { return __builtin_convertvector(bits_as<U32>(x), U16); }
+#endif
 
 #if defined(__AVX512F__)
 inline F32 from_half(U16 x) { return _mm512_cvtph_ps((__m256i)x); }
