@@ -252,15 +252,16 @@ void attend_block(TileCall& t, const PageOperands& page, int64_t first_key, int6
                   int64_t end, State& state, BlockMemory& block, NextPage& next) {
   const int64_t rows = end - begin, dim = state.dim;
   const Digits q = {t.q.digits[begin][0], MAX_HEAD_DIM};
-  t.products.run<Q_LIMBS>(
-      q, rows, dim, page.keys, PAGE, t.q.start + begin,
-      [&](int64_t r, int64_t n, I32 sum) { memcpy(block.sums + r * PAGE + n, &sum, sizeof(sum)); });
   next.fetch_quarter();
-  for (int64_t r = begin; r < end; ++r) {
-    const int64_t lo = t.q.first_key[r] - first_key, hi = t.q.end_key[r] - first_key;
-    softmax_row(page, t.q, r, lo > 0 ? (int)lo : 0, hi < PAGE ? (int)hi : PAGE, state, block,
-                r - begin);
-  }
+  t.products.run<Q_LIMBS>(q, rows, dim, page.keys, PAGE, t.q.start + begin,
+                          [&](int64_t r, int64_t n, I32 sum) {
+                            memcpy(block.sums + r * PAGE + n, &sum, sizeof(sum));
+                            if (n + LANES < PAGE) return;
+                            const int64_t lo = t.q.first_key[begin + r] - first_key;
+                            const int64_t hi = t.q.end_key[begin + r] - first_key;
+                            softmax_row(page, t.q, begin + r, lo > 0 ? (int)lo : 0,
+                                        hi < PAGE ? (int)hi : PAGE, state, block, r);
+                          });
   next.fetch_quarter();
   const Digits p = {block.digits[0][0], PAGE};
   t.products.run<P_LIMBS>(
