@@ -157,14 +157,53 @@ class Products {
   Products(const Products&) = delete;
   Products& operator=(const Products&) = delete;
 
+  template <int LIMBS, class Emit>
+  void run(Digits d, int64_t rows, int64_t k, const uint8_t* codes, int64_t columns,
+           const int32_t* start, const Emit& emit) {
 #if defined(__AMX_INT8__)
+    // Tiles take as long for one row as for five.
+    if (rows > 2) return by_tiles<LIMBS>(d, rows, k, codes, columns, start, emit);
+#endif
+    by_vectors<LIMBS>(d, rows, k, codes, columns, start, emit);
+  }
 
+#if defined(__AMX_INT8__)
+  ~Products() {
+    if (configured_) _tile_release();
+  }
+
+#endif
+
+ private:
+  template <int LIMBS, class Emit>
+  void by_vectors(Digits d, int64_t rows, int64_t k, const uint8_t* codes, int64_t columns,
+                  const int32_t* start, const Emit& emit) {
+#if defined(__AVX512VNNI__)
+    constexpr int ROWS = 6 / LIMBS;
+#else
+    constexpr int ROWS = 1;
+#endif
+    int64_t r = 0;
+    const auto part = [&](int64_t count) {
+      const Digits at = {d.at + r * LIMBS * d.stride, d.stride};
+      if (count == ROWS) {
+        row_block<LIMBS, ROWS>(at, k / 4, codes, columns, start, r, emit);
+      } else {
+        row_block<LIMBS, 1>(at, k / 4, codes, columns, start, r, emit);
+      }
+      r += count;
+    };
+    while (r + ROWS <= rows) part(ROWS);
+    while (r < rows) part(1);
+  }
+
+#if defined(__AMX_INT8__)
   // The digits of a number are rows of a tile of 16, and up to 64 columns four tiles of sums.
   // Behind the last row, and behind k up to a multiple of 64, there may be anything, but digits are
   // there to be read, and 0 behind k. Sums are added up while the next tiles are multiplied.
   template <int LIMBS, class Emit>
-  void run(Digits d, int64_t rows, int64_t k, const uint8_t* codes, int64_t columns,
-           const int32_t* start, const Emit& emit) {
+  void by_tiles(Digits d, int64_t rows, int64_t k, const uint8_t* codes, int64_t columns,
+                const int32_t* start, const Emit& emit) {
     constexpr int ROWS = 16 / LIMBS;
     configure();
     alignas(64) int32_t parts[2][4][16][16];
@@ -217,11 +256,6 @@ class Products {
     if (done_n >= 0) add_up(parts[turn ^ 1]);
   }
 
-  ~Products() {
-    if (configured_) _tile_release();
-  }
-
- private:
   bool configured_ = false;
 
   void configure() {
@@ -234,31 +268,6 @@ class Products {
     } config;
     _tile_loadconfig(&config);
   }
-
-#else
-
-  template <int LIMBS, class Emit>
-  void run(Digits d, int64_t rows, int64_t k, const uint8_t* codes, int64_t columns,
-           const int32_t* start, const Emit& emit) {
-#if defined(__AVX512VNNI__)
-    constexpr int ROWS = 6 / LIMBS;
-#else
-    constexpr int ROWS = 1;
-#endif
-    int64_t r = 0;
-    const auto part = [&](int64_t count) {
-      const Digits at = {d.at + r * LIMBS * d.stride, d.stride};
-      if (count == ROWS) {
-        row_block<LIMBS, ROWS>(at, k / 4, codes, columns, start, r, emit);
-      } else {
-        row_block<LIMBS, 1>(at, k / 4, codes, columns, start, r, emit);
-      }
-      r += count;
-    };
-    while (r + ROWS <= rows) part(ROWS);
-    while (r < rows) part(1);
-  }
-
 #endif
 };
 
