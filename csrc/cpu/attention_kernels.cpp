@@ -64,7 +64,7 @@ struct PageOperands {
 };
 
 struct BlockMemory {
-  alignas(64) int32_t sums[BLOCK_ROWS * MAX_HEAD_DIM];
+  alignas(64) int32_t sums[BLOCK_ROWS * PAGE];  // scores before their scales
   alignas(64) int8_t digits[BLOCK_ROWS + 8][P_LIMBS][PAGE];
   int32_t start[BLOCK_ROWS];
   float fade[BLOCK_ROWS], back[BLOCK_ROWS];
@@ -95,7 +95,7 @@ struct TileCall {
       const uint8_t* codes = call.q_codes + at * call.q_token + head(r) * call.q_head;
       I32 sums = {}, nan = {};
       for (int64_t i = 0; i < call.head_dim; i += LANES) {
-        const I32 code = bits_as<I32>(__builtin_convertvector(read<U8>(codes + i), U32));
+        const I32 code = widen(read<U8>(codes + i));
         I32 x = e4m3_integers(code);
         sums += x;
         nan |= (code & 127) == 127;
@@ -120,6 +120,29 @@ struct TileCall {
     }
   }
 };
+
+// PAGE integers of 16 bits -> p: their digits in base 256, the low ones first.
+#if defined(__AVX512BW__)
+void store_two_digits(const I32* x, int8_t* p) {
+  const __m512i a = _mm512_packs_epi32((__m512i)x[0], (__m512i)x[1]);
+  const __m512i b = _mm512_packs_epi32((__m512i)x[2], (__m512i)x[3]);
+  const __m512i byte = _mm512_set1_epi16(255), half = _mm512_set1_epi16(128);
+  const __m512i low = _mm512_packus_epi16(a & byte, b & byte);
+  const __m512i high = _mm512_packs_epi16(_mm512_srai_epi16(_mm512_add_epi16(a, half), 8),
+                                          _mm512_srai_epi16(_mm512_add_epi16(b, half), 8));
+  // Packing works in quarters of a register: four lanes of x[0], of x[1], ...
+  const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+  _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order, low));
+  _mm512_storeu_si512(p + PAGE, _mm512_permutexvar_epi32(order, high));
+}
+#else
+void store_two_digits(const I32* x, int8_t* p) {
+  for (int j = 0; j < PAGE; j += LANES) {
+    store_low_bytes(p + j, x[j / LANES]);
+    store_low_bytes(p + PAGE + j, (x[j / LANES] + 128) >> 8);
+  }
+}
+#endif
 
 // Scores of one row and page -> its p, and the digits of P. seen: keys [lo, hi) of the page.
 void softmax_row(const PageOperands& page, const Queries& q, int64_t r, int lo, int hi,
@@ -173,14 +196,13 @@ void softmax_row(const PageOperands& page, const Queries& q, int64_t r, int lo, 
   int32_t e = finite ? (largest_bits + 0x80000) >> 23 : 16;
   if (e < 16) e = 16;
   const float up = bits_as<float>((268 - e) << 23);
-  I32 row_sum = {};
+  I32 row_sum = {}, integers[N];
 #pragma GCC unroll 4
   for (int j = 0; j < N; ++j) {
-    const I32 digits = to_int(round_e4m3_integers(finite ? x[j] * up : F32{}));
-    row_sum += digits;
-    store_low_bytes(block.digits[in_block][0] + j * LANES, digits);
-    store_low_bytes(block.digits[in_block][1] + j * LANES, (digits + 128) >> 8);
+    integers[j] = to_int(round_e4m3_integers(finite ? x[j] * up : F32{}));
+    row_sum += integers[j];
   }
+  store_two_digits(integers, block.digits[in_block][0]);
   block.start[in_block] = -8 * sum(row_sum);
   block.fade[in_block] = fade;
   block.back[in_block] = finite ? bits_as<float>((e - 14) << 23) : __builtin_nanf("");
@@ -230,23 +252,23 @@ void attend_block(TileCall& t, const PageOperands& page, int64_t first_key, int6
                   int64_t end, State& state, BlockMemory& block, NextPage& next) {
   const int64_t rows = end - begin, dim = state.dim;
   const Digits q = {t.q.digits[begin][0], MAX_HEAD_DIM};
-  t.products.run<Q_LIMBS>(q, rows, dim, page.keys, PAGE, t.q.start + begin, block.sums, PAGE);
   next.fetch_quarter();
-  for (int64_t r = begin; r < end; ++r) {
-    const int64_t lo = t.q.first_key[r] - first_key, hi = t.q.end_key[r] - first_key;
-    softmax_row(page, t.q, r, lo > 0 ? (int)lo : 0, hi < PAGE ? (int)hi : PAGE, state, block,
-                r - begin);
-  }
+  t.products.run<Q_LIMBS>(q, rows, dim, page.keys, PAGE, t.q.start + begin,
+                          [&](int64_t r, int64_t n, I32 sum) {
+                            memcpy(block.sums + r * PAGE + n, &sum, sizeof(sum));
+                            if (n + LANES < PAGE) return;
+                            const int64_t lo = t.q.first_key[begin + r] - first_key;
+                            const int64_t hi = t.q.end_key[begin + r] - first_key;
+                            softmax_row(page, t.q, begin + r, lo > 0 ? (int)lo : 0,
+                                        hi < PAGE ? (int)hi : PAGE, state, block, r);
+                          });
   next.fetch_quarter();
   const Digits p = {block.digits[0][0], PAGE};
-  t.products.run<P_LIMBS>(p, rows, PAGE, page.values, dim, block.start, block.sums, dim);
-  for (int64_t r = 0; r < rows; ++r) {
-    float* out = state.out + (begin + r) * dim;
-    for (int64_t d = 0; d < dim; d += LANES) {
-      const F32 sum = to_float(read<I32>(block.sums + r * dim + d));
-      store(out + d, fma(sum, splat(block.back[r]), load(out + d) * block.fade[r]));
-    }
-  }
+  t.products.run<P_LIMBS>(
+      p, rows, PAGE, page.values, dim, block.start, [&](int64_t r, int64_t n, I32 sum) {
+        float* out = state.out + (begin + r) * dim + n;
+        store(out, fma(to_float(sum), splat(block.back[r]), load(out) * block.fade[r]));
+      });
 }
 
 void read_page(const TileCall& t, int64_t index, PageOperands& page, NextPage& next) {

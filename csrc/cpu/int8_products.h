@@ -5,6 +5,8 @@
 // digits are int8 in [-128, 127], codes 0 .. 15. All sums are INT32 that nothing overflows, so they
 // are the same in any order, on any instruction set, for any number of rows. Codes lie as the byte
 // products of AVX-512 VNNI and AMX want them: four k of a column side by side.
+//
+// Sums are handed on as they are done: emit(r, n, I32), LANES columns from n on.
 #ifndef QUANT_INT8_PRODUCTS_H_
 #define QUANT_INT8_PRODUCTS_H_
 
@@ -33,23 +35,23 @@ inline void dot(__m512i& acc, __m512i codes, __m512i digits) {
 }
 
 // ROWS rows by 16 VECTORS columns; at most 24 accumulators of the 32 registers.
-template <int LIMBS, int ROWS, int VECTORS>
-inline void block(Digits d, int64_t k_words, const uint8_t* codes, int64_t columns,
-                  const int32_t* start, int32_t* sums, int64_t sums_row) {
+template <int LIMBS, int ROWS, int VECTORS, class Emit>
+inline void block(Digits d, int64_t k_words, const uint8_t* codes, int64_t columns, int64_t n,
+                  const int32_t* start, int64_t first, const Emit& emit) {
   __m512i acc[ROWS][LIMBS][VECTORS];
 #pragma GCC unroll 3
   for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 12
     for (int i = 0; i < LIMBS * VECTORS; ++i) {
       acc[r][i / VECTORS][i % VECTORS] =
-          i < VECTORS ? _mm512_set1_epi32(start[r]) : _mm512_setzero_si512();
+          i < VECTORS ? _mm512_set1_epi32(start[first + r]) : _mm512_setzero_si512();
     }
   }
   for (int64_t g = 0; g < k_words; ++g) {
     __m512i code[VECTORS];
 #pragma GCC unroll 4
     for (int v = 0; v < VECTORS; ++v) {
-      code[v] = _mm512_loadu_si512(codes + (g * columns + 16 * v) * 4);
+      code[v] = _mm512_loadu_si512(codes + (g * columns + n + 16 * v) * 4);
     }
 #pragma GCC unroll 3
     for (int r = 0; r < ROWS; ++r) {
@@ -71,29 +73,27 @@ inline void block(Digits d, int64_t k_words, const uint8_t* codes, int64_t colum
       for (int l = 1; l < LIMBS; ++l) {
         sum = _mm512_add_epi32(sum, _mm512_slli_epi32(acc[r][l][v], 8 * l));
       }
-      _mm512_storeu_si512(sums + r * sums_row + 16 * v, sum);
+      emit(first + r, n + 16 * v, (I32)sum);
     }
   }
 }
 
-template <int LIMBS, int ROWS>
+template <int LIMBS, int ROWS, class Emit>
 inline void row_block(Digits d, int64_t k_words, const uint8_t* codes, int64_t columns,
-                      const int32_t* start, int32_t* sums, int64_t sums_row) {
+                      const int32_t* start, int64_t first, const Emit& emit) {
   int64_t n = 0;
   for (; n + 64 <= columns; n += 64) {
-    block<LIMBS, ROWS, 4>(d, k_words, codes + 4 * n, columns, start, sums + n, sums_row);
+    block<LIMBS, ROWS, 4>(d, k_words, codes, columns, n, start, first, emit);
   }
-  if (n < columns) {
-    block<LIMBS, ROWS, 2>(d, k_words, codes + 4 * n, columns, start, sums + n, sums_row);
-  }
+  if (n < columns) block<LIMBS, ROWS, 2>(d, k_words, codes, columns, n, start, first, emit);
 }
 
 #elif defined(__AVX2__)
 
 // 16 columns of a row. Pairs of products are added in INT16: 8 times 2 * 15 * 128 still fit.
-template <int LIMBS, int ROWS>
+template <int LIMBS, int ROWS, class Emit>
 inline void row_block(Digits d, int64_t k_words, const uint8_t* codes, int64_t columns,
-                      const int32_t* start, int32_t* sums, int64_t) {
+                      const int32_t* start, int64_t first, const Emit& emit) {
   static_assert(ROWS == 1, "more do not fit 16 registers");
   for (int64_t n = 0; n < columns; n += 16) {
     __m256i acc[LIMBS][2] = {};
@@ -119,108 +119,65 @@ inline void row_block(Digits d, int64_t k_words, const uint8_t* codes, int64_t c
       }
     }
     for (int v = 0; v < 2; ++v) {
-      __m256i sum = _mm256_add_epi32(acc[0][v], _mm256_set1_epi32(start[0]));
+      __m256i sum = _mm256_add_epi32(acc[0][v], _mm256_set1_epi32(start[first]));
       for (int l = 1; l < LIMBS; ++l) {
         sum = _mm256_add_epi32(sum, _mm256_slli_epi32(acc[l][v], 8 * l));
       }
-      _mm256_storeu_si256((__m256i*)(sums + n + 8 * v), sum);
+      emit(first, n + 8 * v, (I32)sum);
     }
   }
 }
 
 #else
 
-template <int LIMBS, int ROWS>
+template <int LIMBS, int ROWS, class Emit>
 inline void row_block(Digits d, int64_t k_words, const uint8_t* codes, int64_t columns,
-                      const int32_t* start, int32_t* sums, int64_t) {
+                      const int32_t* start, int64_t first, const Emit& emit) {
   static_assert(ROWS == 1, "one after the other");
-  for (int64_t n = 0; n < columns; ++n) sums[n] = start[0];
-  for (int64_t g = 0; g < k_words; ++g) {
-    int32_t digit[4] = {};
-    for (int l = 0; l < LIMBS; ++l) {
-      for (int j = 0; j < 4; ++j) digit[j] += d.at[l * d.stride + 4 * g + j] * (1 << (8 * l));
+  for (int64_t n = 0; n < columns; n += LANES) {
+    I32 sum = splat(start[first]);
+    for (int64_t g = 0; g < k_words; ++g) {
+      const uint8_t* p = codes + (g * columns + n) * 4;
+      for (int j = 0; j < 4; ++j) {
+        int32_t digit = 0;
+        for (int l = 0; l < LIMBS; ++l) digit += d.at[l * d.stride + 4 * g + j] * (1 << (8 * l));
+        for (int i = 0; i < LANES; ++i) sum[i] += digit * p[4 * i + j];
+      }
     }
-    const uint8_t* p = codes + g * columns * 4;
-    for (int64_t n = 0; n < columns; ++n) {
-      int32_t part = 0;
-      for (int j = 0; j < 4; ++j) part += digit[j] * p[4 * n + j];
-      sums[n] += part;
-    }
+    emit(first, n, sum);
   }
 }
 
 #endif
 
-// columns: a multiple of 32; sums_row: INT32 from row to row. One object for a thread and call.
+// columns: a multiple of 32. One object for a thread and call.
 class Products {
  public:
   Products() = default;
   Products(const Products&) = delete;
   Products& operator=(const Products&) = delete;
 
-#if defined(__AMX_INT8__)
-
-  // The digits of a number are rows of a tile of 16, and 32 columns two tiles of sums. Behind the
-  // last row, and behind k up to a multiple of 64, there may be anything, but digits are there to
-  // be read, and 0 behind k.
-  template <int LIMBS>
+  template <int LIMBS, class Emit>
   void run(Digits d, int64_t rows, int64_t k, const uint8_t* codes, int64_t columns,
-           const int32_t* start, int32_t* sums, int64_t sums_row) {
-    constexpr int ROWS = 16 / LIMBS;
-    configure();
-    alignas(64) int32_t parts[2][16][16];
-    for (int64_t first = 0; first < rows; first += ROWS) {
-      const int64_t end = first + ROWS < rows ? first + ROWS : rows;
-      for (int64_t n = 0; n < columns; n += 32) {
-        _tile_zero(0);
-        _tile_zero(1);
-        for (int64_t i = 0; i < k; i += 64) {
-          const uint8_t* p = codes + (i / 4 * columns + n) * 4;
-          _tile_loadd(2, d.at + first * LIMBS * d.stride + i, d.stride);
-          _tile_loadd(3, p, columns * 4);
-          _tile_dpbsud(0, 2, 3);
-          _tile_loadd(4, p + 64, columns * 4);
-          _tile_dpbsud(1, 2, 4);
-        }
-        _tile_stored(0, parts[0], 64);
-        _tile_stored(1, parts[1], 64);
-        for (int64_t r = first; r < end; ++r) {
-          for (int half = 0; half < 2; ++half) {
-            __m512i sum = _mm512_set1_epi32(start[r]);
-            for (int l = 0; l < LIMBS; ++l) {
-              const __m512i part = _mm512_load_si512(parts[half][(r - first) * LIMBS + l]);
-              sum = _mm512_add_epi32(sum, _mm512_slli_epi32(part, 8 * l));
-            }
-            _mm512_storeu_si512(sums + r * sums_row + n + 16 * half, sum);
-          }
-        }
-      }
-    }
+           const int32_t* start, const Emit& emit) {
+#if defined(__AMX_INT8__)
+    // Tiles take as long for one row as for five.
+    if (rows > 2) return by_tiles<LIMBS>(d, rows, k, codes, columns, start, emit);
+#endif
+    by_vectors<LIMBS>(d, rows, k, codes, columns, start, emit);
   }
 
+#if defined(__AMX_INT8__)
   ~Products() {
     if (configured_) _tile_release();
   }
 
+#endif
+
  private:
-  bool configured_ = false;
-
-  void configure() {
-    if (configured_) return;
-    configured_ = true;
-    struct {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t bytes[16] = {64, 64, 64, 64, 64};
-      uint8_t rows[16] = {16, 16, 16, 16, 16};
-    } config;
-    _tile_loadconfig(&config);
-  }
-
-#else
-
-  template <int LIMBS>
-  void run(Digits d, int64_t rows, int64_t k, const uint8_t* codes, int64_t columns,
-           const int32_t* start, int32_t* sums, int64_t sums_row) {
+  template <int LIMBS, class Emit>
+  void by_vectors(Digits d, int64_t rows, int64_t k, const uint8_t* codes, int64_t columns,
+                  const int32_t* start, const Emit& emit) {
 #if defined(__AVX512VNNI__)
     constexpr int ROWS = 6 / LIMBS;
 #else
@@ -230,9 +187,9 @@ class Products {
     const auto part = [&](int64_t count) {
       const Digits at = {d.at + r * LIMBS * d.stride, d.stride};
       if (count == ROWS) {
-        row_block<LIMBS, ROWS>(at, k / 4, codes, columns, start + r, sums + r * sums_row, sums_row);
+        row_block<LIMBS, ROWS>(at, k / 4, codes, columns, start, r, emit);
       } else {
-        row_block<LIMBS, 1>(at, k / 4, codes, columns, start + r, sums + r * sums_row, sums_row);
+        row_block<LIMBS, 1>(at, k / 4, codes, columns, start, r, emit);
       }
       r += count;
     };
@@ -240,6 +197,77 @@ class Products {
     while (r < rows) part(1);
   }
 
+#if defined(__AMX_INT8__)
+  // The digits of a number are rows of a tile of 16, and up to 64 columns four tiles of sums.
+  // Behind the last row, and behind k up to a multiple of 64, there may be anything, but digits are
+  // there to be read, and 0 behind k. Sums are added up while the next tiles are multiplied.
+  template <int LIMBS, class Emit>
+  void by_tiles(Digits d, int64_t rows, int64_t k, const uint8_t* codes, int64_t columns,
+                const int32_t* start, const Emit& emit) {
+    constexpr int ROWS = 16 / LIMBS;
+    configure();
+    alignas(64) int32_t parts[2][4][16][16];
+    int turn = 0;
+    int64_t done_row = 0, done_n = -1;
+    const auto add_up = [&](const int32_t (*part)[16][16]) {
+      const int64_t end = done_row + ROWS < rows ? done_row + ROWS : rows;
+      const int tiles = columns - done_n < 64 ? 2 : 4;
+      for (int64_t r = done_row; r < end; ++r) {
+        for (int tile = 0; tile < tiles; ++tile) {
+          __m512i sum = _mm512_set1_epi32(start[r]);
+          for (int l = 0; l < LIMBS; ++l) {
+            const __m512i limb = _mm512_load_si512(part[tile][(r - done_row) * LIMBS + l]);
+            sum = _mm512_add_epi32(sum, _mm512_slli_epi32(limb, 8 * l));
+          }
+          emit(r, done_n + 16 * tile, (I32)sum);
+        }
+      }
+    };
+    for (int64_t first = 0; first < rows; first += ROWS) {
+      for (int64_t n = 0; n < columns; n += 64) {
+        const bool wide = n + 64 <= columns;
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        for (int64_t i = 0; i < k; i += 64) {
+          const uint8_t* p = codes + (i / 4 * columns + n) * 4;
+          _tile_loadd(4, d.at + first * LIMBS * d.stride + i, d.stride);
+          _tile_loadd(5, p, columns * 4);
+          _tile_dpbsud(0, 4, 5);
+          _tile_loadd(6, p + 64, columns * 4);
+          _tile_dpbsud(1, 4, 6);
+          if (!wide) continue;
+          _tile_loadd(5, p + 128, columns * 4);
+          _tile_dpbsud(2, 4, 5);
+          _tile_loadd(6, p + 192, columns * 4);
+          _tile_dpbsud(3, 4, 6);
+        }
+        _tile_stored(0, parts[turn][0], 64);
+        _tile_stored(1, parts[turn][1], 64);
+        _tile_stored(2, parts[turn][2], 64);
+        _tile_stored(3, parts[turn][3], 64);
+        turn ^= 1;
+        if (done_n >= 0) add_up(parts[turn]);
+        done_row = first;
+        done_n = n;
+      }
+    }
+    if (done_n >= 0) add_up(parts[turn ^ 1]);
+  }
+
+  bool configured_ = false;
+
+  void configure() {
+    if (configured_) return;
+    configured_ = true;
+    struct {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16};
+    } config;
+    _tile_loadconfig(&config);
+  }
 #endif
 };
 

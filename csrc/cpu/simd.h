@@ -69,6 +69,7 @@ inline I32 iota() {
 inline F32 to_float(I32 x) { return __builtin_convertvector(x, F32); }
 inline I32 to_int(F32 x) { return __builtin_convertvector(x, I32); }  // x is an integer
 inline F32 select(I32 mask, F32 yes, F32 no) { return mask ? yes : no; }
+inline I32 select(I32 mask, I32 yes, I32 no) { return mask ? yes : no; }
 inline F32 abs(F32 x) { return bits_as<F32>(bits_as<I32>(x) & 0x7FFFFFFF); }
 
 #if defined(__AVX512F__)
@@ -94,10 +95,7 @@ inline void store_low_bytes(void* p, I32 x) {
 inline F32 fma(F32 a, F32 b, F32 c) { return a * b + c; }
 inline F32 max(F32 a, F32 b) { return select(a > b, a, b); }
 inline F32 min(F32 a, F32 b) { return select(a < b, a, b); }
-inline I32 max(I32 a, I32 b) {
-  const I32 above = a > b;
-  return (above & a) | (~above & b);
-}
+inline I32 max(I32 a, I32 b) { return select(a > b, a, b); }
 inline void store_low_bytes(void* p, I32 x) {
   const I8 bytes = __builtin_convertvector(x, I8);
   memcpy(p, &bytes, LANES);
@@ -137,7 +135,20 @@ inline float largest(F32 x) {
 // --- FP16 and BF16, rounded to nearest even -----------------------------------------------------
 
 inline I32 widen(U16 x) { return bits_as<I32>(__builtin_convertvector(x, U32)); }
+#if defined(__AVX512F__)  // GCC 12 takes lanes out one by one for the conversions below
+inline I32 widen(U8 x) { return (I32)_mm512_cvtepu8_epi32((__m128i)x); }
+inline U16 narrow(I32 x) { return (U16)_mm512_cvtepi32_epi16((__m512i)x); }
+#elif defined(__AVX2__)
+inline I32 widen(U8 x) { return (I32)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(bits_as<int64_t>(x))); }
+inline U16 narrow(I32 x) {
+  const __m256i low = _mm256_and_si256((__m256i)x, _mm256_set1_epi32(0xFFFF));
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, low), 8);
+  return (U16)_mm256_castsi256_si128(packed);
+}
+#else
+inline I32 widen(U8 x) { return bits_as<I32>(__builtin_convertvector(x, U32)); }
 inline U16 narrow(I32 x) { return __builtin_convertvector(bits_as<U32>(x), U16); }
+#endif
 
 #if defined(__AVX512F__)
 inline F32 from_half(U16 x) { return _mm512_cvtph_ps((__m256i)x); }
@@ -152,8 +163,7 @@ inline F32 from_half(U16 x) {
   const I32 special = (magnitude << 13) | 0x7F800000;  // Inf and NaN
   const I32 subnormal = bits_as<I32>(to_float(magnitude) * 0x1p-24f);
   const I32 is_special = magnitude >= 0x7C00, is_small = magnitude < 0x400;
-  const I32 value =
-      (is_special & special) | (is_small & subnormal) | (~is_special & ~is_small & normal);
+  const I32 value = select(is_special, special, select(is_small, subnormal, normal));
   return bits_as<F32>(value | sign);
 }
 inline U16 to_half(F32 x) {
@@ -164,9 +174,9 @@ inline U16 to_half(F32 x) {
   const I32 subnormal = bits_as<I32>(abs(x) + 0.5f) - bits_as<int32_t>(0.5f);
   const I32 is_nan = magnitude > 0x7F800000, is_large = magnitude >= 0x477FF000;
   const I32 is_small = magnitude < (113 << 23);
-  I32 value = (is_small & subnormal) | (~is_small & normal);
-  value = (is_large & 0x7C00) | (~is_large & value);
-  value = (is_nan & 0x7E00) | (~is_nan & value);
+  I32 value = select(is_small, subnormal, normal);
+  value = select(is_large, splat(0x7C00), value);
+  value = select(is_nan, splat(0x7E00), value);
   return narrow(value | ((bits >> 16) & 0x8000));
 }
 #endif
@@ -175,7 +185,7 @@ inline F32 from_bf16(U16 x) { return bits_as<F32>(widen(x) << 16); }
 inline U16 to_bf16(F32 x) {
   const I32 bits = bits_as<I32>(x), is_nan = x != x;
   const I32 rounded = bits + 0x7FFF + ((bits >> 16) & 1);
-  return narrow(((~is_nan & rounded) | (is_nan & 0x7FC00000)) >> 16);
+  return narrow(select(is_nan, splat(0x7FC00000), rounded) >> 16);
 }
 
 inline F32 load(const float* p) { return read<F32>(p); }
@@ -231,8 +241,8 @@ inline I32 e4m3_codes(F32 x) {
   // In [2^14, 2^15) a unit in the last place is 2^-9, E4M3's smallest number.
   const I32 subnormal = bits_as<I32>(abs(x) + 0x1p14f) - bits_as<int32_t>(0x1p14f);
   const I32 is_small = magnitude < (121 << 23), is_nan = magnitude > 0x7F800000;
-  const I32 code = (is_small & subnormal) | (~is_small & normal);
-  return (is_nan & 0x7F) | (~is_nan & (code | ((bits >> 24) & 0x80)));
+  const I32 code = select(is_small, subnormal, normal) | ((bits >> 24) & 0x80);
+  return select(is_nan, splat(0x7F), code);
 }
 
 // 2^9 times the values of E4M3 codes 0 .. 255, which are integers below 2^18; 0 for NaN.
@@ -241,7 +251,7 @@ inline I32 e4m3_integers(I32 code) {
   const I32 is_normal = exponent != 0, is_nan = magnitude == 127;
   const I32 value = (mantissa + (is_normal & 8)) << (exponent + is_normal);
   const I32 sign = -((code >> 7) & 1);  // 0 or -1
-  return ~is_nan & ((value ^ sign) - sign);
+  return select(is_nan, I32{}, (value ^ sign) - sign);
 }
 
 // x rounded to four significant bits and to integers: E4M3's numbers times 2^9, as floats. Half a

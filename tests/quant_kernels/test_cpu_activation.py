@@ -101,6 +101,29 @@ def test_ties_go_to_even_after_a_rounded_division():
 
 
 @each_kind
+def test_quotients_beside_ties_are_rounded_as_a_division_does(kind):
+    """Next to every tie and 2 units in the last place around it, for scales of every size."""
+    generator = torch.Generator().manual_seed(5)
+    exponents = torch.cat((torch.arange(-120, 110, 5), torch.randint(-20, 20, (400,)))).float()
+    scales = (1 + torch.rand(len(exponents), generator=generator)) * 2**exponents
+    scales[::7] = 2 ** exponents[::7] * (2 - 2.0**-23)  # mantissas of ones
+    if kind == torch.int8:
+        ties, limit = torch.arange(-127, 127) + 0.5, 127
+    else:
+        grid = torch.arange(127, dtype=torch.uint8).view(kind).float()
+        ties, limit = (grid[1:] + grid[:-1]) / 2, 448
+    x = [(scales[:, None] * ties)]
+    for direction in (math.inf, -math.inf):
+        for _ in range(2):
+            x.append(torch.nextafter(x[-1] if len(x) % 2 else x[0], torch.tensor(direction)))
+    rows = torch.cat((*x, scales[:, None] * limit), 1)
+    found, wanted = by_both(rows, kind)
+    assert_same(found, wanted)
+    signs = found[0].view(torch.uint8) & 128
+    assert kind == torch.int8 or torch.equal(signs, wanted[0].view(torch.uint8) & 128)
+
+
+@each_kind
 @each_dtype
 @pytest.mark.parametrize("weight_dtype", DTYPES, ids=("w-bf16", "w-fp16", "w-fp32"))
 @pytest.mark.parametrize("shape", [(3, 33), (4, 300)])

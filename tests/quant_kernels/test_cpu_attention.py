@@ -8,6 +8,7 @@ two. Against the definition's own power, P differs where E4M3 holds it as a subn
 
 import math
 import os
+import struct
 import subprocess
 import sys
 
@@ -70,6 +71,19 @@ def test_attention_is_the_references(case, monkeypatch):
     away = (found - run(case, given, "reference")).abs()
     assert float((away.amax(-1) > 2e-5 * largest).float().mean()) < 0.01
     assert float(away.max()) <= scale
+
+
+@pytest.mark.parametrize("case", [LONGER[1], LONGER[-2]], ids=str)
+def test_tiles_give_the_bits_of_vectors(case):
+    """Products are exact, and all else is the same: prefill may use tiles and decode vectors."""
+    if "amx" not in cpu.isas():
+        pytest.skip("this machine has no amx")
+    given, found = arguments(case, seed=4, spread=9.0), []
+    for name in ("amx", "avx512_vnni"):
+        cpu.set_isa(name)
+        found.append(run(case, given, "cpu"))
+    cpu.set_isa(None)
+    assert torch.equal(*found)
 
 
 @each_isa
@@ -271,10 +285,46 @@ def test_the_best_instruction_set_runs_unless_another_is_named():
     assert cpu.isa() == cpu.isas()[0]
     with pytest.raises(ValueError, match=r"'avx1024' is unknown, .* it has: .*portable"):
         cpu.set_isa("avx1024")
-    code = "from quant_kernels import cpu; print(cpu.isa())"
-    for name, wanted in (("portable", "portable"), ("avx1024", ""), ("", cpu.isa())):
+    code = """
+import torch
+from quant_kernels import cpu, ops
+try:
+    ops.quantize_activation(
+        torch.ones(1, 8), torch.zeros(1, 8, dtype=torch.int8), torch.ones(1, 1), backend="cpu"
+    )
+    print(cpu.isa())
+except RuntimeError as error:
+    print(error)
+"""
+    refusal = (
+        "quantize_activation: the instruction set that was asked for is unknown, or this machine "
+        "lacks it"
+    )
+    for name, wanted in (("portable", "portable"), ("avx1024", refusal), ("", cpu.isas()[0])):
         done = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "QUANT_CPU_ISA": name},
         )  # fmt: skip
         assert done.stdout.strip() == wanted
+
+
+def test_c_functions_check_their_arguments_before_they_touch_memory():
+    """Zeroed structs, and sizes without memory; fields have eight bytes (quant_cpu.h)."""
+    library = cpu.library()
+    ok, null, negative, heads = 0, 1, 2, 10  # QuantCpuStatus
+    for name in ("quantize_activation", "silu_mul_quantize"):
+        function = library[f"quant_cpu_{name}"]
+        assert function(None) == null
+        for rows, status in ((0, ok), (-1, negative), (3, null)):
+            call = struct.pack("11q", 0, 8, 0, rows, 8, 0, 8, 0, 0, 1, 1)
+            assert function(call) == status
+    for name, fields in (("rope_append", 35), ("attention", 25)):
+        function = library[f"quant_cpu_{name}"]
+        assert function(None) == null
+        assert function(bytes(8 * fields)) == heads
+    sizes = {"batch": 16, "tokens": 17, "pages": 18, "heads": 19, "kv_heads": 20, "head_dim": 21}
+    for batch, status in ((0, ok), (2, null), (-1, negative)):
+        call = [0] * 25
+        for name, value in zip(sizes, (batch, 2, 4, 6, 2, 64), strict=True):
+            call[sizes[name]] = value
+        assert library.quant_cpu_attention(struct.pack("25q", *call)) == status
