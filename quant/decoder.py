@@ -137,6 +137,34 @@ def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> 
     return out.transpose(1, 2)
 
 
+def attend_newest(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, window: int | None) -> Tensor:
+    """One query a sequence: q [B, Hq, D]; k, v [B, S, Hk, D]; lengths [B] -> [B, Hq, D].
+
+    The query heads that share a KV head become rows of one product, so that k and v are read once
+    per KV head and never repeated. A sequence of length 0 gives what its first token would.
+    """
+    t = torch.arange(k.shape[1], device=q.device)
+    newest = (lengths - 1).clamp(min=0).unsqueeze(1)
+    seen = t <= newest
+    if window is not None:
+        seen &= t > newest - window
+    grouped = q.unflatten(1, (k.shape[2], -1)).transpose(1, 2)  # [B, Hq / Hk, Hk, D]
+    attended = scaled_dot_product(grouped, k, v, seen[:, None, None])
+    return attended.transpose(1, 2).flatten(1, 2)
+
+
+def attend_last(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+    """The last S tokens of one sequence: q [S, Hq, D]; k, v [T, Hk, D] -> [S, Hq, D]."""
+    count, length = len(q), len(k)
+    seen = None
+    if count != length or (window is not None and window < length):
+        distance = torch.arange(length - count, length, device=q.device)[:, None] - torch.arange(
+            length, device=q.device
+        )
+        seen = (distance >= 0) & (distance < (window or length))
+    return scaled_dot_product(q[None], k[None], v[None], seen)[0]
+
+
 def begin(cfg: DecoderConfig, norms: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
     """hidden [B, S, H] -> the input of site "qkv"."""
     return rms_norm(hidden, norms["input_layernorm.weight"], cfg.rms_norm_eps)

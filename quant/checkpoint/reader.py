@@ -323,3 +323,15 @@ def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any:
     except Exception as error:  # transformers raises many kinds over missing or broken files
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise RequestError(f"{directory}: its tokenizer does not load: {reason}") from error
+
+
+def end_of_sequence_ids(directory: Path, tokenizer: Any) -> frozenset[int]:
+    """The tokens that end a text: generation_config.json's, config.json's and the tokenizer's."""
+    found: set[int] = set()
+    for name in ("generation_config.json", "config.json"):
+        if (directory / name).is_file():
+            ids = read_json(directory / name).get("eos_token_id")
+            found.update(ids if isinstance(ids, list) else [] if ids is None else [ids])
+    if tokenizer.eos_token_id is not None:
+        found.add(tokenizer.eos_token_id)
+    return frozenset(found)

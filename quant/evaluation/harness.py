@@ -26,7 +26,7 @@ from lm_eval.evaluator import evaluate
 from torch import Tensor
 
 from quant.errors import RequestError, WorkFailed
-from quant.evaluation.perplexity import LOGIT_ROWS
+from quant.evaluation.perplexity import LOGIT_ROWS, hidden_states
 from quant.runtime.model import Model
 
 # Tokens that go through the model together, padding included: its activations stay small, and on a
@@ -104,7 +104,7 @@ class DecoderLM(TemplateLM):
     def _score(self, batch: Sequence[Pair]) -> list[Score]:
         model = self.model
         inputs = [[*context, *continuation[:-1]] for context, continuation in batch]
-        rows = zip(model.hidden_states(inputs), batch, strict=True)
+        rows = zip(hidden_states(model, inputs), batch, strict=True)
         scored = torch.cat(
             [
                 hidden[len(context) - 1 : len(context) - 1 + len(continuation)]

@@ -11,8 +11,10 @@ weights, quantized activations.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +29,7 @@ from quant.device import select_device, select_dtype
 from quant.errors import RequestError, WorkFailed
 from quant.memory import peak_memory_bytes, reset_peak_memory
 from quant.report import OnProgress, Progress, ignore_progress
+from quant.runtime.batch import Chunk, in_order, make_batch, pages_needed
 from quant.runtime.model import Model, load_model
 
 # Rows of logits computed together: 512 x 128k vocabulary x FP32 is 0.26 GB.
@@ -64,7 +67,7 @@ def perplexity(
     for i in range(count):
         on_progress(Progress("perplexity", i, count))
         ids = tokens[i * window : (i + 1) * window]
-        (hidden,) = model.hidden_states([ids.tolist()])
+        (hidden,) = hidden_states(model, [ids.tolist()])
         loss += _negative_log_likelihood(model, hidden[:-1], ids[1:].to(model.device))
     on_progress(Progress("perplexity", count, count))
     predicted = count * (window - 1)
@@ -78,6 +81,25 @@ def perplexity(
         seconds=time.perf_counter() - started,
         peak_memory_bytes=peak_memory_bytes(),
     )
+
+
+def hidden_states(model: Model, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+    """The last block's output for every token of whole sequences, [S, H] each.
+
+    By the runtime's own prefill, all of them packed into one, over a cache of their own.
+    """
+    counts = [pages_needed(len(tokens)) for tokens in sequences]
+    firsts = itertools.accumulate(counts, initial=0)
+    chunks = [
+        Chunk(tokens, 0, range(first, first + count))
+        for tokens, first, count in zip(sequences, firsts, counts, strict=False)
+    ]
+    order = in_order(chunks)
+    cache = model.new_cache(sum(counts), max(map(len, sequences)))
+    batch = make_batch([chunks[i] for i in order], model.device)
+    parts = model.forward(batch, cache).split(list(batch.chunk_lengths))
+    found = dict(zip(order, parts, strict=True))
+    return [found[i] for i in range(len(sequences))]
 
 
 def evaluate_perplexity(

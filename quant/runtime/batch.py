@@ -56,11 +56,6 @@ class Batch:
     lengths: tuple[int, ...]
     chunk_lengths: tuple[int, ...]
 
-    @property
-    def max_query_len(self) -> int:
-        """Of the sequences with more than one new token."""
-        return max(self.chunk_lengths[self.singles :], default=0)
-
 
 def pages_needed(tokens: int) -> int:
     """How many pages hold that many tokens of one sequence."""

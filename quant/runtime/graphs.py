@@ -51,8 +51,9 @@ class DecodeGraphs:
         """Whether the batch is a decode step: one new token each, and its logits wanted."""
         return batch.singles == len(batch.lengths) == len(batch.logit_rows)
 
-    def next_logits(self, batch: Batch) -> Tensor:
-        """As `Model.forward` and `logits` give them, [B, V]; valid until the next call."""
+    def next_logits(self, batch: Batch, cache: Cache) -> Tensor:
+        """As `Model.next_logits` gives them, [B, V]; valid until the next call."""
+        assert cache is self.cache
         size = len(batch.lengths)
         bucket = bucket_of(size)
         recorded = self._recorded.get(bucket) or self._record(bucket)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from quant.architectures import DecoderConfig
-from quant.decoder import KeyTransform, rotary_table, scaled_dot_product
+from quant.decoder import KeyTransform, attend_last, attend_newest, rotary_table
 from quant.errors import RequestError
 from quant.runtime.batch import Batch
 from quant_kernels import ops
@@ -50,18 +50,14 @@ class PagePool:
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self._free = list(reversed(range(count)))
+        self.unused = list(reversed(range(count)))
         self._owned = np.zeros(count, dtype=bool)
-
-    @property
-    def free_count(self) -> int:
-        return len(self._free)
 
     def allocate(self, count: int) -> list[int] | None:
         """That many pages, or None where fewer are free."""
-        if count > len(self._free):
+        if count > len(self.unused):
             return None
-        pages = [self._free.pop() for _ in range(count)]
+        pages = [self.unused.pop() for _ in range(count)]
         self._owned[pages] = True
         return pages
 
@@ -70,7 +66,7 @@ class PagePool:
         if len(set(pages)) != len(pages) or not bool(self._owned[pages].all()):
             raise ValueError(f"pages {pages} are not all owned: freed twice?")
         self._owned[pages] = False
-        self._free.extend(reversed(pages))
+        self.unused.extend(reversed(pages))
 
 
 class Int4Cache:
@@ -86,10 +82,9 @@ class Int4Cache:
         kv: KVFormat,
         *,
         max_len: int,
-        device: torch.device | None = None,
+        device: torch.device,
     ) -> None:
         self.config, self.kv = config, kv
-        device = device or torch.device("cpu")
         shape = (config.num_layers, 2, pages, config.num_kv_heads, KV_PAGE)
         size = pages * KV_PAGE * self.bytes_per_token(config)
         self.codes = _zeros((*shape, config.head_dim // 2), torch.uint8, device, size)
@@ -127,7 +122,8 @@ class Int4Cache:
         if n < len(batch.lengths):
             ops.prefill_attention(
                 q_codes[n:], q_scale[n:], *cache, batch.block_table[n:], batch.starts,
-                batch.kv_lens[n:], batch.max_query_len, out[n:], sm_scale=scale, window=window,
+                batch.kv_lens[n:], max(batch.chunk_lengths[n:]), out[n:],
+                sm_scale=scale, window=window,
             )  # fmt: skip
 
 
@@ -144,10 +140,9 @@ class DenseCache:
         dtype: torch.dtype,
         *,
         max_len: int,
-        device: torch.device | None = None,
+        device: torch.device,
     ) -> None:
         self.config = config
-        device = device or torch.device("cpu")
         # One page more, which no sequence is given: padded tokens, in slot -1, go there.
         shape = (config.num_layers, pages + 1, KV_PAGE, config.num_kv_heads, config.head_dim)
         size = pages * KV_PAGE * self.bytes_per_token(config, dtype)
@@ -184,43 +179,15 @@ class DenseCache:
         n = batch.singles
         if n:
             k_seen, v_seen = (x[batch.block_table[:n]].flatten(1, 2) for x in (keys, values))
-            out[:n] = _attend_one(q[:n], k_seen, v_seen, batch.kv_lens[:n], window)
+            out[:n] = attend_newest(q[:n], k_seen, v_seen, batch.kv_lens[:n], window)
         start = n
         for row in range(n, len(batch.lengths)):
             length, count = batch.lengths[row], batch.chunk_lengths[row]
             part = slice(start, start + count)
             pages = batch.block_table[row]
             k_seen, v_seen = (x[pages].flatten(0, 1)[:length] for x in (keys, values))
-            out[part] = _attend_chunk(q[part], k_seen, v_seen, window)
+            out[part] = attend_last(q[part], k_seen, v_seen, window)
             start += count
-
-
-def _attend_one(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, window: int | None) -> Tensor:
-    """One query a sequence: q [B, Hq, D]; k, v [B, S, Hk, D]; lengths [B] -> [B, Hq, D].
-
-    The query heads that share a KV head become rows of one product, so that k and v are read once
-    per KV head and never repeated. A sequence of length 0 gives what its first token would.
-    """
-    t = torch.arange(k.shape[1], device=q.device)
-    newest = (lengths - 1).clamp(min=0).unsqueeze(1)
-    seen = t <= newest
-    if window is not None:
-        seen &= t > newest - window
-    grouped = q.unflatten(1, (k.shape[2], -1)).transpose(1, 2)  # [B, Hq / Hk, Hk, D]
-    attended = scaled_dot_product(grouped, k, v, seen[:, None, None])
-    return attended.transpose(1, 2).flatten(1, 2)
-
-
-def _attend_chunk(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-    """The last S tokens of one sequence: q [S, Hq, D]; k, v [T, Hk, D] -> [S, Hq, D]."""
-    count, length = len(q), len(k)
-    seen = None
-    if count != length or (window is not None and window < length):
-        distance = torch.arange(length - count, length, device=q.device)[:, None] - torch.arange(
-            length, device=q.device
-        )
-        seen = (distance >= 0) & (distance < (window or length))
-    return scaled_dot_product(q[None], k[None], v[None], seen)[0]
 
 
 def _half_tables(

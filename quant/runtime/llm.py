@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from quant.checkpoint.reader import load_tokenizer
-from quant.checkpoint.source import read_json, resolve_model
+from quant.checkpoint.reader import end_of_sequence_ids, load_tokenizer
+from quant.checkpoint.source import resolve_model
 from quant.device import select_device, select_dtype
 from quant.errors import RequestError
 from quant.memory import available_bytes
+from quant.outputs import CompletionOutput, RequestOutput, StreamOutput
 from quant.runtime.batch import pages_needed
 from quant.runtime.detokenizer import TextStream
 from quant.runtime.graphs import DecodeGraphs
 from quant.runtime.model import load_model
-from quant.runtime.sampling import Logprob, SamplingParams
+from quant.runtime.sampling import SamplingParams
 from quant.runtime.scheduler import Request, Scheduler
 from quant_kernels.packing import KV_PAGE
 
@@ -33,55 +32,6 @@ PROMPT_CONTEXT = 4  # tokens: whole characters, wherever a prompt of text is cut
 
 Message = dict[str, Any]  # {"role": "user", "content": "..."}
 Params = SamplingParams | Sequence[SamplingParams] | None
-
-
-@dataclass(frozen=True)
-class CompletionOutput:
-    """One completion. token_ids has the token that ended it; text has not, nor a stop string.
-
-    finish_reason: "stop" (an end-of-sequence or stop token, a stop string) or "length"; None while
-    it is not finished. logprobs: for each token, token id -> its log-probability and rank; None
-    where SamplingParams.logprobs is.
-    """
-
-    index: int
-    text: str
-    token_ids: list[int]
-    finish_reason: str | None
-    logprobs: list[dict[int, Logprob]] | None = None
-
-    @property
-    def cumulative_logprob(self) -> float | None:
-        """The log-probability of all tokens together, given the prompt; None without logprobs."""
-        if self.logprobs is None:
-            return None
-        steps = zip(self.token_ids, self.logprobs, strict=True)
-        return math.fsum(found[token].logprob for token, found in steps)
-
-
-@dataclass(frozen=True)
-class RequestOutput:
-    """What came of one prompt; prompt is None where token ids were given."""
-
-    prompt: str | None
-    prompt_token_ids: list[int]
-    outputs: list[CompletionOutput]
-
-
-@dataclass(frozen=True)
-class StreamOutput:
-    """One more token. text: what it settled, "" while more tokens may still change its characters.
-
-    request: all so far; its text is that of the stream up to here.
-    """
-
-    text: str
-    token_id: int
-    request: RequestOutput
-
-    @property
-    def finish_reason(self) -> str | None:
-        return self.request.outputs[0].finish_reason
 
 
 class LLM:
@@ -135,13 +85,8 @@ class LLM:
                 f"max_model_len is {max_model_len}; this model allows 2 to {longest}"
             )
         self.max_model_len = max_model_len
-        pages = cache_pages(
-            self.model.bytes_per_token,
-            max_num_seqs,
-            max_model_len,
-            target,
-            kv_cache_memory_bytes,
-        )
+        size = self.model.bytes_per_token
+        pages = cache_pages(size, max_num_seqs, max_model_len, target, kv_cache_memory_bytes)
         self.cache = self.model.new_cache(pages, max_model_len)
         graphs = None
         if target.type == "cuda" and not enforce_eager:
@@ -360,15 +305,3 @@ def _output(request: Request, text: str) -> RequestOutput:
     logprobs = None if request.params.logprobs is None else list(request.logprobs)
     completion = CompletionOutput(0, text, list(request.token_ids), request.finish_reason, logprobs)
     return RequestOutput(request.prompt, request.prompt_token_ids, [completion])
-
-
-def end_of_sequence_ids(directory: Path, tokenizer: Any) -> frozenset[int]:
-    """The tokens that end a text: generation_config.json's, config.json's and the tokenizer's."""
-    found: set[int] = set()
-    for name in ("generation_config.json", "config.json"):
-        if (directory / name).is_file():
-            ids = read_json(directory / name).get("eos_token_id")
-            found.update(ids if isinstance(ids, list) else [] if ids is None else [ids])
-    if tokenizer.eos_token_id is not None:
-        found.add(tokenizer.eos_token_id)
-    return frozenset(found)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from torch import Tensor
 from quant.architectures import SITES, DecoderConfig
 from quant.checkpoint.loading import DecoderSource
 from quant.decoder import Block, Linear
-from quant.runtime.batch import Batch, Chunk, in_order, make_batch, pages_needed
+from quant.runtime.batch import Batch
 from quant.runtime.kv_cache import DenseCache, HeadOptions, Int4Cache
 from quant_kernels import ops
 from quant_kernels.formats import WeightFormat
@@ -45,8 +45,7 @@ CODES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 
 @dataclass(frozen=True)
 class Activation:
-    """A site's input [T, K]: x where a dense part needs it, codes and scales where a packed one
-    does."""
+    """A site's input [T, K]: x for dense parts, codes and scales for packed ones."""
 
     x: Tensor | None
     quantized: tuple[Tensor, Tensor] | None
@@ -58,7 +57,10 @@ class Part:
 
     weight: ops.Weight | Tensor
     bias: Tensor | None
-    rows: int
+
+    @property
+    def rows(self) -> int:
+        return int(self.weight.shape[0])
 
     def multiply(
         self, given: Activation, out: Tensor, workspace: Tensor | None, **fused: Any
@@ -79,7 +81,6 @@ class Projection:
 
     parts: tuple[Part, ...]
     kind: str | None
-    columns: int
 
     @property
     def rows(self) -> int:
@@ -206,27 +207,10 @@ class Model:
         """Of the tokens whose logits the batch wants, [R, V]."""
         return self.logits(self.forward(batch, cache)[batch.logit_rows])
 
-    def hidden_states(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
-        """The last block's output for every token of whole sequences, [S, H] each.
-
-        One packed prefill over a cache of its own: for evaluation.
-        """
-        counts = [pages_needed(len(tokens)) for tokens in sequences]
-        firsts = itertools.accumulate(counts, initial=0)
-        chunks = [
-            Chunk(tokens, 0, range(first, first + count))
-            for tokens, first, count in zip(sequences, firsts, counts, strict=False)
-        ]
-        order = in_order(chunks)
-        cache = self.new_cache(sum(counts), max(map(len, sequences)))
-        batch = make_batch([chunks[i] for i in order], self.device)
-        parts = self.forward(batch, cache).split(list(batch.chunk_lengths))
-        return [part for _, part in sorted(zip(order, parts, strict=True), key=lambda p: p[0])]
-
     @functools.cached_property
     def _gemms(self) -> tuple[tuple[int, int], ...]:
         shapes = {
-            (part.rows, projection.columns)
+            (part.weight.shape[0], part.weight.shape[1])
             for layer in self.layers
             for projection in layer.projections.values()
             for part in projection.parts
@@ -293,44 +277,21 @@ def make_projection(linears: Sequence[Linear]) -> Projection:
     parts, kind = [], None
     for packed, group in itertools.groupby(linears, _is_packed):
         run = list(group)
-        bias = _join_biases(run)
-        rows = sum(_rows(linear) for linear in run)
-        weights = [linear.weight for linear in run]
+        weights: list[Any] = [linear.weight for linear in run]
+        biases = [linear.bias for linear in run if linear.bias is not None]  # all or none
+        bias = torch.cat(biases) if biases else None
         if packed:
-            first = weights[0]
-            assert isinstance(first, PackedWeight)
-            kind = first.fmt.activation
-            joined = PackedWeight(
-                _join(weights, lambda w: w.words), _join(weights, lambda w: w.scales), first.fmt
+            fmt = weights[0].fmt
+            kind = fmt.activation
+            words, scales = (
+                torch.cat([getattr(weight, part) for weight in weights])
+                for part in ("words", "scales")
             )
-            parts.append(Part(ops.prepare(joined), bias, rows))
+            parts.append(Part(ops.prepare(PackedWeight(words, scales, fmt)), bias))
         else:
-            parts.append(Part(_join(weights, lambda w: w), bias, rows))
-    first = linears[0].weight
-    columns = first.words.shape[1] * 8 if isinstance(first, PackedWeight) else first.shape[1]
-    return Projection(tuple(parts), kind, columns)
+            parts.append(Part(weights[0] if len(weights) == 1 else torch.cat(weights), bias))
+    return Projection(tuple(parts), kind)
 
 
 def _is_packed(linear: Linear) -> bool:
     return isinstance(linear.weight, PackedWeight)
-
-
-def _rows(linear: Linear) -> int:
-    return len(linear.weight.words if isinstance(linear.weight, PackedWeight) else linear.weight)
-
-
-def _join(weights: Sequence[object], of: Callable[..., Tensor]) -> Tensor:
-    """One below the other; a single one is not copied."""
-    parts = [of(weight) for weight in weights]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _join_biases(linears: Sequence[Linear]) -> Tensor | None:
-    """[N], zeros where some have none; None where all have none."""
-    found = next((linear.bias for linear in linears if linear.bias is not None), None)
-    if found is None:
-        return None
-    biases = [
-        found.new_zeros(_rows(linear)) if linear.bias is None else linear.bias for linear in linears
-    ]
-    return torch.cat(biases)

@@ -67,7 +67,12 @@ class SamplingParams:
         reported = self.logprobs is None or _is_int(self.logprobs, 0)
         _check("logprobs", self.logprobs, reported, "None, or a whole number >= 0")
         strings = [self.stop] if isinstance(self.stop, str) else self.stop
-        _check("stop", self.stop, _all(strings, _is_text), "None, a string or strings, not empty")
+        _check(
+            "stop",
+            self.stop,
+            _all(strings, lambda s: isinstance(s, str) and s),
+            "None, a string or strings, not empty",
+        )
         ids = self.stop_token_ids
         _check("stop_token_ids", ids, _all(ids, lambda i: _is_int(i, 0)), "None or ids >= 0")
         _check("ignore_eos", self.ignore_eos, isinstance(self.ignore_eos, bool), "True or False")
@@ -188,10 +193,6 @@ def _in_range(value: Any, low: float, high: float) -> bool:
 
 def _is_int(value: Any, low: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= low
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and value != ""
 
 
 def _all(values: Any, allowed: Any) -> bool:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from quant.errors import RequestError
-from quant.runtime.batch import Batch, Chunk, in_order, make_batch, pages_needed
+from quant.runtime.batch import Chunk, in_order, make_batch, pages_needed
 from quant.runtime.graphs import DecodeGraphs
 from quant.runtime.model import Cache, Model
 from quant.runtime.sampling import Logprob, SamplingParams, penalized, sample, token_logprobs
@@ -108,7 +108,8 @@ class Scheduler:
         ]
         order = in_order(chunks)
         batch = make_batch([chunks[i] for i in order], self.model.device)
-        logits = self._logits(batch)
+        recorded = self.graphs if self.graphs is not None and self.graphs.takes(batch) else None
+        logits = (recorded or self.model).next_logits(batch, self.cache)
         for request, count in planned:
             request.computed += count
         ready = [planned[i][0] for i in order if chunks[i].wants_logits]
@@ -155,13 +156,6 @@ class Scheduler:
                 planned.append((request, count))
                 room -= count
         return planned
-
-    def _logits(self, batch: Batch) -> Tensor:
-        """[R, V], of the tokens whose logits the batch wants."""
-        if self.graphs is not None and self.graphs.takes(batch):
-            return self.graphs.next_logits(batch)
-        hidden = self.model.forward(batch, self.cache)
-        return self.model.logits(hidden[batch.logit_rows])
 
     def _choose(self, requests: Sequence[Request], logits: Tensor) -> None:
         """A token for each of R requests, from logits [R, V]."""

@@ -19,6 +19,7 @@ from quant.checkpoint.loading import load_decoder
 from quant.checkpoint.reader import load_tokenizer
 from quant.errors import RequestError
 from quant.evaluation.harness import BATCH_TOKENS, DecoderLM
+from quant.evaluation.perplexity import hidden_states
 from quant.evaluation.tasks import check_tasks, evaluate_tasks
 from quant.runtime.model import load_model
 
@@ -227,7 +228,7 @@ def test_greedy_continuations_are_told(lm: DecoderLM) -> None:
     greedy: list[int] = []
     with torch.inference_mode():
         for _ in range(4):
-            (hidden,) = lm.model.hidden_states([context + greedy])
+            (hidden,) = hidden_states(lm.model, [context + greedy])
             greedy.append(int(lm.model.logits(hidden[-1:]).argmax()))
     other = [*greedy[:-1], (greedy[-1] + 1) % 256]
     texts = ("", "")

@@ -31,7 +31,7 @@ def test_a_page_is_owned_once(data: st.DataObject) -> None:
         if owned and data.draw(st.booleans()):
             pool.free(owned.pop(data.draw(st.integers(0, len(owned) - 1))))
         else:
-            count, free = data.draw(st.integers(0, 6)), pool.free_count
+            count, free = data.draw(st.integers(0, 6)), len(pool.unused)
             pages = pool.allocate(count)
             assert (pages is None) == (count > free)
             if pages is not None:
@@ -39,7 +39,7 @@ def test_a_page_is_owned_once(data: st.DataObject) -> None:
         taken = [page for pages in owned for page in pages]
         assert len(set(taken)) == len(taken)
         assert set(taken) <= set(range(pool.count))
-        assert pool.free_count == pool.count - len(taken)
+        assert len(pool.unused) == pool.count - len(taken)
 
 
 def test_pages_are_not_freed_twice() -> None:
@@ -49,17 +49,17 @@ def test_pages_are_not_freed_twice() -> None:
     for wrong in ([pages[0], pages[0]], [*pages, 2]):
         with pytest.raises(ValueError, match="freed twice"):
             pool.free(wrong)
-        assert pool.free_count == 1
+        assert len(pool.unused) == 1
     pool.free(pages)
     with pytest.raises(ValueError, match="freed twice"):
         pool.free(pages)
-    assert pool.free_count == 3
+    assert len(pool.unused) == 3
 
 
 def caches(decoder: Decoder, pages: int) -> list[Cache]:
     config = decoder.config
-    dense = DenseCache(config, pages, torch.float32, max_len=200)
-    return [dense, Int4Cache(config, pages, KVFormat(), max_len=200)]
+    dense = DenseCache(config, pages, torch.float32, max_len=200, device=CPU)
+    return [dense, Int4Cache(config, pages, KVFormat(), max_len=200, device=CPU)]
 
 
 def stored(cache: Cache) -> list[Tensor]:
@@ -106,7 +106,7 @@ def test_attention_over_dense_pages_is_the_formula(
     # Positions turn nothing here, so that keys are stored as they come.
     frozen = dataclasses.replace(decoder.config, inv_freq=(0.0,) * len(decoder.config.inv_freq))
     cfg, window = frozen, frozen.sliding_windows[-1]
-    cache = DenseCache(frozen, 4, torch.float32, max_len=200)
+    cache = DenseCache(frozen, 4, torch.float32, max_len=200, device=CPU)
     cache.keys.fill_(30.0)
     cache.values.fill_(-1000.0)
     rows = rows_of(decoder, 90)
@@ -149,10 +149,10 @@ def test_padding_stores_nothing_and_is_finite(load_fp32: Callable[[str], Decoder
 def test_bytes_per_token_is_what_is_allocated(load_fp32: Callable[[str], Decoder]) -> None:
     config = load_fp32("qwen3").config
     for dtype in (torch.bfloat16, torch.float32):
-        cache = DenseCache(config, 3, dtype, max_len=17)
+        cache = DenseCache(config, 3, dtype, max_len=17, device=CPU)
         size = (cache.keys.nbytes + cache.values.nbytes) * 3 / 4
         assert DenseCache.bytes_per_token(config, dtype) * 3 * KV_PAGE == size
-    packed = Int4Cache(config, 3, KVFormat(), max_len=17)
+    packed = Int4Cache(config, 3, KVFormat(), max_len=17, device=CPU)
     size = packed.codes.nbytes + packed.scales.nbytes
     assert Int4Cache.bytes_per_token(config) * 3 * KV_PAGE == size
     # 4 bits and, for a head of 32, 32 bits of scale and offset, against 16 bits.
@@ -162,8 +162,8 @@ def test_bytes_per_token_is_what_is_allocated(load_fp32: Callable[[str], Decoder
 def test_memory_that_is_not_there_is_refused(load_fp32: Callable[[str], Decoder]) -> None:
     config = load_fp32("llama").config
     for make in (
-        lambda: DenseCache(config, 10**15, torch.bfloat16, max_len=8),
-        lambda: Int4Cache(config, 10**15, KVFormat(), max_len=8),
+        lambda: DenseCache(config, 10**15, torch.bfloat16, max_len=8, device=CPU),
+        lambda: Int4Cache(config, 10**15, KVFormat(), max_len=8, device=CPU),
     ):
         with pytest.raises(RequestError, match=r"GB does not fit on cpu.*kv_cache_memory_bytes"):
             make()  # more than an address can name

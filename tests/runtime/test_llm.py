@@ -11,10 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quant.checkpoint.loading import load_decoder
+from quant.checkpoint.reader import end_of_sequence_ids
 from quant.decoder import Decoder
 from quant.errors import RequestError
+from quant.evaluation.perplexity import hidden_states
 from quant.runtime import llm as llm_module
-from quant.runtime.llm import LLM, TextStream, end_of_sequence_ids
+from quant.runtime.llm import LLM, TextStream
 from quant.runtime.model import Model
 from quant.runtime.sampling import SamplingParams
 
@@ -37,7 +39,7 @@ def assert_idle(llm: LLM) -> None:
     """Nothing waits or runs, and every page is free."""
     assert not llm.scheduler.waiting
     assert not llm.scheduler.running
-    assert llm.cache.pool.free_count == llm.cache.pool.count
+    assert len(llm.cache.pool.unused) == llm.cache.pool.count
     assert not llm._texts
     assert not llm._outboxes
 
@@ -135,7 +137,7 @@ def test_logprobs_are_those_of_the_whole_text_at_once(load_llm: LoadLLM) -> None
     for output in llm.generate(prompts, params):
         completion, prompt = output.outputs[0], output.prompt_token_ids
         tokens = prompt + completion.token_ids
-        (hidden,) = llm.model.hidden_states([tokens])
+        (hidden,) = hidden_states(llm.model, [tokens])
         wanted = llm.model.logits(hidden)[len(prompt) - 1 : -1].double().log_softmax(-1)
         assert completion.logprobs is not None
         for row, token, found in zip(

@@ -120,7 +120,7 @@ def test_a_finished_request_makes_room_at_once(tiny_model: Model) -> None:
         steps.append(scheduler.step())
     assert [set(step) for step in steps[:3]] == [{short, long}, {short, long}, {long, waiting}]
     assert [len(one.token_ids) for one in (short, long, waiting)] == [2, 10, 3]
-    assert scheduler.cache.pool.free_count == scheduler.cache.pool.count
+    assert len(scheduler.cache.pool.unused) == scheduler.cache.pool.count
 
 
 def test_what_the_cache_can_never_hold_is_refused(tiny_model: Model) -> None:
@@ -162,7 +162,7 @@ def test_every_step_is_within_its_limits(tiny_model: Model, data: Any) -> None:
         assert (
             len(set(owned))
             == len(owned)
-            == scheduler.cache.pool.count - (scheduler.cache.pool.free_count)
+            == scheduler.cache.pool.count - (len(scheduler.cache.pool.unused))
         )
     assert [len(one.token_ids) for one in requests] == [1 + n % 5 for n in lengths]
 
@@ -218,7 +218,7 @@ def test_two_thousand_requests_with_cancellations(load_llm: Callable[..., LLM]) 
     assert sorted(finished) == list(range(2000))
     aborted = sum(reason == "abort" for reason in finished.values())
     assert 50 < aborted < 500
-    assert pool.free_count == pool.count
+    assert len(pool.unused) == pool.count
     assert not scheduler.waiting
     assert not scheduler.running
     assert peaks[1] < peaks[0] + 200_000  # `finished` is of this test
