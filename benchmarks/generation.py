@@ -1,22 +1,27 @@
-"""Time to the first token, time per token after it, and memory: our runtime beside transformers.
+"""Time to the first token, time per token after it, and memory: our runtime beside others.
 
     python benchmarks/generation.py QUANTIZED --baseline DENSE --batch 1 4 --prompt 128 512 \\
         --json generation.json
+    python benchmarks/generation.py --random benchmarks/configs/llama-3-8b.json --compiled \\
+        --batch 1 16 64 --prompt 1024 4096 16384 --json generation.json
 
-QUANTIZED and DENSE are Hugging Face directories (or .gguf files) of the same model. For every batch
-and prompt length, greedily and past any end of sequence:
+QUANTIZED and DENSE are Hugging Face directories (or .gguf files) of the same model; --random makes
+weights of a shape on the device instead, in --scheme and --group-size, with a 4-bit KV cache. For
+every batch and prompt length, greedily and past any end of sequence:
 
     TTFT = seconds of generating 1 token,   TPOT = (seconds of generating N - TTFT) / (N - 1)
 
 medians over --repeats, after one of each that does not count. Prompts are random tokens. An engine
 runs in a process of its own, so that its peak memory is its own: resident bytes, and on a GPU what
-tensors took there. transformers runs DENSE in BF16, as it comes and, with --compiled, with its
-static cache and torch.compile.
+tensors took there. transformers runs in BF16, as it comes and, with --compiled, with its static
+cache and torch.compile; vLLM in BF16 where it is installed and there is a GPU; --dense adds our own
+runtime in BF16. A cell that does not fit the memory is left out and named.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import statistics
 import subprocess
@@ -35,9 +40,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # also with nothing installed
 
 from quant.checkpoint.source import resolve_model  # noqa: E402
 from quant.device import select_device  # noqa: E402
+from quant.errors import RequestError  # noqa: E402
 from quant.memory import peak_device_bytes, peak_memory_bytes, reset_peak_memory  # noqa: E402
 
-ENGINES = ("fourbyeight", "transformers", "transformers compiled")
+ENGINES = ("fourbyeight", "fourbyeight dense", "transformers", "transformers compiled", "vllm")
 VOCABULARY = 256  # prompts use the first tokens of it, which every model has
 
 # (prompts [B][S], tokens to generate) -> token ids, [B][N]
@@ -64,27 +70,66 @@ def prompts(batch: int, length: int) -> list[list[int]]:
     return torch.randint(0, VOCABULARY, (batch, length), generator=generator).tolist()
 
 
-def our_engine(model: str, device: str, batch: int, length: int) -> Generate:
-    """`LLM` with room for `batch` sequences of `length` tokens."""
-    from quant.runtime.llm import LLM
+def our_engine(args: argparse.Namespace, model: Any, batch: int, length: int) -> Generate:
+    """Our runtime, with room for `batch` sequences of `length` tokens."""
+    from quant.runtime.batch import pages_needed
+    from quant.runtime.graphs import DecodeGraphs
     from quant.runtime.sampling import SamplingParams
+    from quant.runtime.scheduler import Request, Scheduler
 
-    llm = LLM(model, device=device, max_num_seqs=batch, max_model_len=length)
+    cache = model.new_cache(batch * pages_needed(length), length)
+    on_gpu = model.device.type == "cuda"
+    scheduler = Scheduler(
+        model,
+        cache,
+        frozenset(),
+        max_num_seqs=batch,
+        max_model_len=length,
+        max_num_batched_tokens=max(args.max_num_batched_tokens, batch),
+        graphs=DecodeGraphs(model, cache, length) if on_gpu else None,
+    )
 
     def generate(given: list[list[int]], count: int) -> list[list[int]]:
         params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
-        return [output.outputs[0].token_ids for output in llm.generate(given, params)]
+        requests = [Request(None, ids, params, params.generator()) for ids in given]
+        for request in requests:
+            scheduler.add(request)
+        while scheduler.waiting or scheduler.running:
+            scheduler.step()
+        return [request.token_ids for request in requests]
 
     return generate
 
 
-def transformers_engine(model: str, device: str, compiled: bool) -> Generate:
-    """transformers' `generate` in BF16."""
-    from transformers import AutoModelForCausalLM
+def our_model(args: argparse.Namespace, dense: bool) -> Any:
+    """The checkpoint, or random weights of its shape."""
+    from benchmarks.random_model import random_model, read_config
+    from quant.recipe import Recipe
+    from quant.runtime.model import load_model
+    from quant_kernels.kv4 import KVFormat
 
-    target = select_device(device)
-    directory = resolve_model(model)
-    loaded = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).to(target)
+    device = select_device(args.device)
+    if args.random is None:
+        return load_model(resolve_model(args.baseline if dense else args.model), device=device)
+    fmt = Recipe().override(scheme=args.scheme, group_size=args.group_size).weight_format
+    config = read_config(args.random)
+    return random_model(config, None if dense else fmt, None if dense else KVFormat(), device)
+
+
+def transformers_engine(args: argparse.Namespace, compiled: bool) -> Generate:
+    """transformers' `generate` in BF16."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    target = select_device(args.device)
+    loaded: Any
+    if args.random is None:
+        directory = resolve_model(args.baseline)
+        loaded = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).to(target)
+    else:
+        with target:
+            config = AutoConfig.from_pretrained(args.random)
+            loaded = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    loaded.eval()
     cache = {"cache_implementation": "static"} if compiled else {}
 
     @torch.inference_mode()
@@ -101,6 +146,27 @@ def transformers_engine(model: str, device: str, compiled: bool) -> Generate:
         )
         rows: list[list[int]] = found[:, tokens.shape[1] :].tolist()
         return rows
+
+    return generate
+
+
+def vllm_engine(args: argparse.Namespace) -> Generate:
+    """vLLM in BF16, with dummy weights where ours are random."""
+    from vllm import LLM, SamplingParams
+
+    longest = max(args.prompt) + args.tokens
+    options = {"dtype": "bfloat16", "max_model_len": longest, "max_num_seqs": max(args.batch)}
+    if args.random is None:
+        llm = LLM(str(resolve_model(args.baseline)), **options)
+    else:
+        folder = tempfile.mkdtemp(prefix="generation-")
+        (Path(folder) / "config.json").write_bytes(args.random.read_bytes())
+        llm = LLM(folder, load_format="dummy", skip_tokenizer_init=True, **options)
+
+    def generate(given: list[list[int]], count: int) -> list[list[int]]:
+        params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False)
+        outputs = llm.generate([{"prompt_token_ids": ids} for ids in given], params)
+        return [list(output.outputs[0].token_ids) for output in outputs]
 
     return generate
 
@@ -159,64 +225,91 @@ def run_engine(args: argparse.Namespace, engine: str) -> list[Cell]:
     """Measure one engine in a process of its own; its cells come back in a file."""
     with tempfile.TemporaryDirectory(prefix="generation-") as name:
         path = Path(name) / "cells.json"
-        command = [sys.executable, str(Path(__file__).resolve()), args.model]
-        for flag, values in (("--batch", args.batch), ("--prompt", args.prompt)):
-            command += [flag, *map(str, values)]
-        command += ["--tokens", str(args.tokens), "--repeats", str(args.repeats)]
-        command += ["--device", args.device, "--engine", engine, "--json", str(path)]
-        if args.baseline:
-            command += ["--baseline", args.baseline]
+        command = [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:]]
+        command += ["--engine", engine, "--json", str(path)]
         if subprocess.run(command, check=False).returncode:
             raise SystemExit(f"{engine} failed; what it said stands above")
-        return [Cell(**cell) for cell in json.loads(path.read_text())]
+        return [Cell(**cell) for cell in json.loads(path.read_text())["cells"]]
 
 
 def _work(args: argparse.Namespace) -> list[Cell]:
     cells, engine = [], args.engine
-    if engine != ENGINES[0]:
-        generate = transformers_engine(args.baseline, args.device, engine == ENGINES[2])
+    if engine.startswith("fourbyeight"):
+        model = our_model(args, engine.endswith("dense"))
+    elif engine.startswith("transformers"):
+        generate = transformers_engine(args, engine.endswith("compiled"))
+    elif engine == "vllm":
+        generate = vllm_engine(args)
     for batch in args.batch:
         for length in args.prompt:
-            if engine == ENGINES[0]:
-                generate = our_engine(args.model, args.device, batch, length + args.tokens)
-            rest = (args.tokens, args.repeats, args.device)
-            cell = measure(engine, generate, batch, length, *rest)
+            where = f"{engine}, batch {batch}, prompt {length}"
+            try:
+                if engine.startswith("fourbyeight"):
+                    generate = our_engine(args, model, batch, length + args.tokens)
+                rest = (args.tokens, args.repeats, args.device)
+                cell = measure(engine, generate, batch, length, *rest)
+            except (torch.OutOfMemoryError, RequestError) as error:
+                print(f"{where}: left out: {str(error).splitlines()[0]}")
+                continue
             cells.append(cell)
-            print(
-                f"{cell.engine}, batch {batch}, prompt {length}: {cell.tpot * 1e3:.2f} ms a token"
-            )
+            print(f"{where}: {cell.ttft:.3f} s, then {cell.tpot * 1e3:.2f} ms a token")
     return cells
+
+
+def engines(args: argparse.Namespace) -> list[str]:
+    """What is measured, as the options and this machine say."""
+    has_dense = args.baseline is not None or args.random is not None
+    wanted = {
+        "fourbyeight": True,
+        "fourbyeight dense": has_dense and args.dense,
+        "transformers": has_dense,
+        "transformers compiled": has_dense and args.compiled,
+        "vllm": has_dense
+        and importlib.util.find_spec("vllm") is not None
+        and select_device(args.device).type == "cuda",
+    }
+    return [engine for engine in ENGINES if wanted[engine]]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("model", help="quantized checkpoint")
-    parser.add_argument("--baseline", help="the same model, dense, for transformers")
+    parser.add_argument("model", nargs="?", help="quantized checkpoint")
+    parser.add_argument("--random", type=Path, metavar="CONFIG", help="a config.json, no weights")
+    parser.add_argument("--scheme", default="w4afp8", help="of --random")
+    parser.add_argument("--group-size", type=int, default=128, help="of --random")
+    parser.add_argument("--baseline", help="the same model, dense")
     parser.add_argument("--compiled", action="store_true", help="transformers compiled, too")
+    parser.add_argument("--dense", action="store_true", help="our runtime in BF16, too")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--prompt", type=int, nargs="+", default=[128])
     parser.add_argument("--tokens", type=int, default=32, help="to generate, at least 2")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--max-num-batched-tokens", type=int, default=8192)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--engine", choices=ENGINES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.tokens < 2 or args.repeats < 1 or min(*args.batch, *args.prompt) < 1:
         parser.error("--tokens must be at least 2, and batches, prompts and repeats at least 1")
+    if (args.model is None) == (args.random is None):
+        parser.error("give a quantized checkpoint, or --random CONFIG, and not both")
     if args.engine:
-        figures: Any = [asdict(cell) for cell in _work(args)]
+        cells = _work(args)
     else:
-        wanted = [ENGINES[0]] + ([ENGINES[1]] if args.baseline else [])
-        wanted += [ENGINES[2]] if args.baseline and args.compiled else []
-        cells = [cell for engine in wanted for cell in run_engine(args, engine)]
+        cells = [cell for engine in engines(args) for cell in run_engine(args, engine)]
         print(markdown(cells))
-        figures = {
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
-            "cells": [asdict(cell) for cell in cells],
-        }
+    figures = {
+        "torch": torch.__version__,
+        "device": device_name(select_device(args.device)),
+        "threads": torch.get_num_threads(),
+        "cells": [asdict(cell) for cell in cells],
+    }
     if args.json:
         args.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 if __name__ == "__main__":

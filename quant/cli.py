@@ -228,6 +228,7 @@ def generate(
             trust_remote_code=trust_remote_code,
             revision=revision,
         )
+    err.print(llm.kv_cache, style="dim")
     started = time.perf_counter()
     prompts: list[Any] = [[user_message(text)] for text in prompt] if chat else prompt
     if len(prompts) == 1:
@@ -247,6 +248,8 @@ def generate(
         "seconds": seconds,
         "tokens": count,
         "tokens_per_second": count / seconds,
+        "kv_cache_bytes_per_token": llm.model.bytes_per_token,
+        "kv_cache_tokens": llm.cache_tokens,
         "outputs": completions,
     }
     write_json(json_path, figures)

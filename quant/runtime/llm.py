@@ -105,14 +105,18 @@ class LLM:
         self._texts: dict[Request, TextStream] = {}
 
     @property
+    def cache_tokens(self) -> int:
+        """How many tokens the KV cache holds, of all sequences together."""
+        return self.cache.pool.count * KV_PAGE
+
+    @property
     def kv_cache(self) -> str:
         """The KV cache, for people: its format, bytes per token, and room."""
         kind = self.model.kv.label if self.model.kv else str(self.model.dtype).split(".")[-1]
-        per_token, tokens = self.model.bytes_per_token, self.cache.pool.count * KV_PAGE
-        size = per_token * tokens / 1e6
+        per_token, tokens = self.model.bytes_per_token, self.cache_tokens
         return (
-            f"KV cache: {kind}, {per_token / 1e3:.1f} kB a token, "
-            f"room for {tokens:,} tokens ({size:,.1f} MB)"
+            f"KV cache: {kind}, {per_token / 1e3:.1f} kB a token, room for {tokens:,} tokens "
+            f"({per_token * tokens / 1e6:,.1f} MB)"
         )
 
     def generate(

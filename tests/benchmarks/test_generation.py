@@ -65,3 +65,33 @@ def test_the_command_on_a_tiny_model(quantized_case, tmp_path):
         (engine, batch) for engine in ("fourbyeight", "transformers") for batch in (1, 2)
     ]
     assert all(cell["ttft"] > 0 and cell["peak_memory_bytes"] > 10**8 for cell in cells)
+
+
+def test_a_random_model_of_a_shape_runs(tiny_checkpoint, tmp_path):
+    config, figures = tiny_checkpoint("llama-gqa3") / "config.json", tmp_path / "figures.json"
+    command = [sys.executable, str(SCRIPT), "--random", str(config), "--group-size", "64"]
+    command += ["--dense", "--batch", "2", "--prompt", "70", "--tokens", "3", "--repeats", "1"]
+    done = subprocess.run(
+        [*command, "--max-num-batched-tokens", "32", "--device", "cpu", "--json", str(figures)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    cells = json.loads(figures.read_text())["cells"]
+    assert [cell["engine"] for cell in cells] == [
+        "fourbyeight", "fourbyeight dense", "transformers",
+    ]  # fmt: skip
+
+
+def test_configs_are_the_shapes_that_they_are_named_for():
+    from benchmarks.random_model import read_config
+    from benchmarks.shapes import MODELS
+
+    cfg = read_config(SCRIPT.parent / "configs" / "llama-3-8b.json")
+    shape = next(model for model in MODELS if model.name == "Llama-3-8B")
+    assert (cfg.hidden_size, cfg.intermediate_size) == (shape.hidden, shape.intermediate)
+    assert (cfg.num_heads, cfg.num_kv_heads, cfg.head_dim) == (32, 8, 128)
+    assert round(cfg.num_layers * cfg.block_elements() / 1e9, 1) == 7.0
+    large = read_config(SCRIPT.parent / "configs" / "llama-3-70b.json")
+    assert round(large.num_layers * large.block_elements() / 1e9, 1) == 68.5
