@@ -39,7 +39,5 @@ void look_up(const uint8_t* words, int j, const Operand* levels, Operand* to) {
 #include "fp8_kernels.h"
 
 namespace quant {
-const Kernels kFp32Avx2 = {
-    "avx2_fp32",       fp8_token_bytes, fp8_scratch_bytes, fp8_prepare, fp8_multiply,
-    scale_sums<float>, silu_mul,        load_row,          store_row,   add};
+const Kernels kFp32Avx2 = fp8_kernels();
 }  // namespace quant

@@ -46,11 +46,8 @@ void look_up(const uint8_t* words, int j, const Operand* levels, Operand* to) {
 
 namespace quant {
 #ifdef QUANT_BF16
-const Kernels kBf16Avx512 = {"avx512_bf16",
+const Kernels kBf16Avx512 = fp8_kernels();
 #else
-const Kernels kFp32Avx512 = {"avx512_fp32",
+const Kernels kFp32Avx512 = fp8_kernels();
 #endif
-                             fp8_token_bytes, fp8_scratch_bytes, fp8_prepare,
-                             fp8_multiply,    scale_sums<float>, silu_mul,
-                             load_row,        store_row,         add};
 }  // namespace quant

@@ -47,7 +47,7 @@ struct Levels {
 
   const Operand* of(int64_t group, int row) {
     if (g.per_channel) return levels_of(0x38, Operand());  // t = 1
-    if (group >= g.groups()) group = g.groups() - 1;         // q = 0: any will do
+    if (group >= g.groups()) group = g.groups() - 1;       // q = 0: any will do
     if (g.numerics == QUANT_CPU_LUT) return levels_of(t[group * kRows + row], Operand());
     float scale;
     std::memcpy(&scale, t + 4 * (group * kRows + row), sizeof scale);
@@ -58,17 +58,18 @@ struct Levels {
 
 void unpack_rows(const Gemm& g, const uint8_t* codes, const uint8_t* t, Operand* operands) {
   Levels levels = {g, t, {}};
+  const int shift = g.per_channel ? 62 : __builtin_ctzll(static_cast<uint64_t>(g.group_size));
   for (int64_t span = 0; span < g.spans(); ++span) {
     for (int row = 0; row < kRows; ++row) {
       const uint8_t* words = codes + (span * kRows + row) * (kSpan / 2);
       Operand* to = operands + row * g.spans() * kSpan + span * kSpan;
       const Operand* level = nullptr;
+      int64_t last = -1;
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) {
-        const int64_t k = span * kSpan + 32 * j;
-        if (j == 0 || k % g.group_size == 0) {
-          level = levels.of(g.per_channel ? 0 : k / g.group_size, row);
-        }
+        const int64_t group = (span * kSpan + 32 * j) >> shift;
+        if (j == 0 || group != last) level = levels.of(group, row);
+        last = group;
         look_up(words, j, level, to + 32 * j);
       }
     }
@@ -98,7 +99,9 @@ __attribute__((noinline)) void fp8_tile(const Operand* w, const Operand* x, int6
       for (int m = 0; m < Tokens; ++m) dot(sum[m][r], weight, token[m]);
     }
   }
+#pragma GCC unroll 8
   for (int m = 0; m < Tokens; ++m) {
+#pragma GCC unroll 8
     for (int r = 0; r < kTileRows; ++r) sums[m * kBlock + r] = total(sum[m][r]);
   }
 }
@@ -136,6 +139,12 @@ void fp8_multiply(const Gemm& g, int64_t block, int64_t first, int tokens, const
                                   g.codes + ahead * code_bytes);
     }
   }
+}
+
+// Evaluated by the compiler: nothing of this file may run where the machine lacks its instructions.
+constexpr Kernels fp8_kernels() {
+  return {fp8_token_bytes, fp8_scratch_bytes, fp8_prepare, fp8_multiply, scale_sums<float>,
+          silu_mul,        load_row,          store_row,   add};
 }
 
 }  // namespace

@@ -74,7 +74,5 @@ const Fp8Tables kFp8Tables = make_tables();
 #include "fp8_kernels.h"
 
 namespace quant {
-const Kernels kFp32Portable = {
-    "portable_fp32",   fp8_token_bytes, fp8_scratch_bytes, fp8_prepare, fp8_multiply,
-    scale_sums<float>, silu_mul,        load_row,          store_row,   add};
+const Kernels kFp32Portable = fp8_kernels();
 }  // namespace quant

@@ -142,7 +142,8 @@ int run(const Gemm& g, int threads) {
   constexpr int64_t kLeast = 48;
   if (g.m > kLeast) {
     const int64_t wanted = std::min(ceil_div(4 * threads, blocks), ceil_div(g.m, kLeast));
-    const int64_t ranges = std::max(wanted, ceil_div(g.m, kTokens));
+    const int64_t most = round_up(kTokenBytes / (g.k + 256), kLeast);
+    const int64_t ranges = std::max(wanted, ceil_div(g.m, most));
     work.range = round_up(ceil_div(g.m, ranges), kLeast);
   }
   work.item_count = blocks * work.ranges();

@@ -13,10 +13,8 @@
 namespace quant {
 
 constexpr int kBlock = 64;
-// Tokens that share an unpacked weight. Their sums, 60 KiB, stay in the L2 cache.
-constexpr int kTokens = 240;
-// Columns that are unpacked together for INT8: 32 KiB of operands, for the L1 cache.
-constexpr int kColumns = 512;
+// Tokens that share an unpacked weight: their codes and sums stay in the L2 cache.
+constexpr int64_t kTokenBytes = 1 << 20;
 constexpr int kFp8Rows = 8;  // unpacked together over all of K
 constexpr int kSpan = 128;
 
@@ -31,7 +29,7 @@ struct Gemm {
   int64_t m, n, k;
   int64_t group_size;  // K where per_channel
   bool per_channel;
-  int numerics;        // QuantCpuNumerics
+  int numerics;  // QuantCpuNumerics
   void* out;
   int64_t out_stride;
   int out_type;  // QuantCpuType
@@ -50,7 +48,6 @@ struct Gemm {
 
 // The kernels of one instruction set and one kind of number.
 struct Kernels {
-  const char* name;
   // Bytes that `prepare` writes for a token, and scratch bytes of a thread.
   int64_t (*token_bytes)(const Gemm&);
   int64_t (*scratch_bytes)(const Gemm&);

@@ -9,6 +9,7 @@ namespace {
 using V = __m256i;
 constexpr int kBytes = 32;
 constexpr int kTileVectors = 2;
+constexpr int kManyColumns = 256;
 
 V load(const void* from) { return _mm256_loadu_si256(static_cast<const V*>(from)); }
 void store(void* to, V v) { _mm256_storeu_si256(static_cast<V*>(to), v); }
@@ -43,6 +44,7 @@ void dot8(V& sum, V bytes, V x) {
   sum = _mm256_add_epi32(sum, _mm256_add_epi32(even, odd));
 }
 #endif
+int matrix_tiles(int, const uint8_t*, int64_t, const int8_t*, int64_t, int32_t*) { return 0; }
 
 }  // namespace
 }  // namespace quant
@@ -51,11 +53,8 @@ void dot8(V& sum, V bytes, V x) {
 
 namespace quant {
 #ifdef QUANT_VNNI
-const Kernels kInt8AvxVnni = {"avx_vnni",
+const Kernels kInt8AvxVnni = int8_kernels();
 #else
-const Kernels kInt8Avx2 = {"avx2",
+const Kernels kInt8Avx2 = int8_kernels();
 #endif
-                              int8_token_bytes, int8_scratch_bytes,  int8_prepare,
-                              int8_multiply,    scale_sums<int32_t>, silu_mul,
-                              load_row,         store_row,           add};
 }  // namespace quant

@@ -13,9 +13,13 @@
 //   byte 64 h + 4 o + i:  low nibble b[32 h + o, k + i], high nibble b[32 h + 16 + o, k + i]
 // and t comes in pairs of groups: t [pairs, 64, 2] uint8.
 //
+// For few tokens, codes become operands in registers (`stream`); for more, in scratch memory, some
+// columns at a time (`tile`).
+//
 // An instruction set gives, before it includes this file and in a namespace without a name:
-// V, kBytes, kTileTokens, kTileVectors, load, store, splat, and_bytes, shift_nibble, multiply16,
-// dot8, dot16, widen, first_of_pair, second_of_pair, times8. Nothing here may call a function
+// V, kBytes, kTileTokens, kTileVectors, kManyColumns, load, store, splat,
+// and_bytes, shift_nibble, multiply16, dot8, dot16, widen, first_of_pair, second_of_pair, times8,
+// matrix_tiles (as many tokens as a matrix unit takes, or 0). Nothing here may call a function
 // template of the standard library: the linker would share it with code for older machines.
 #include <cstring>
 
@@ -27,6 +31,14 @@ namespace {
 
 constexpr int kVectors = 4 * kBlock / kBytes;  // of a block
 constexpr int kHalf = 64 / kBytes;             // of 16 outputs
+// Columns that are unpacked together: for the L1 cache, since writing operands elsewhere costs more
+// than it saves; for many tokens all that the L2 cache takes, so that sums stay in registers
+// longer.
+constexpr int kColumns = 256;
+constexpr int kManyTokens = 96;
+constexpr int kStreamTokens = 4;
+constexpr int kStreamVectors = kBytes == 64 ? 2 : 1;  // of codes, at once
+constexpr int kAhead = 2048;                          // bytes of codes, fetched before their turn
 
 int32_t word_at(const void* from) {
   int32_t word;
@@ -36,7 +48,7 @@ int32_t word_at(const void* from) {
 
 // Prepared tokens: -X[m, G] in pairs of int16, or one int32 -8 X[m] with one scale an output.
 int64_t int8_token_bytes(const Gemm& g) { return g.per_channel ? 4 : 4 * g.pairs(); }
-int64_t int8_scratch_bytes(const Gemm&) { return 4 * kBlock / 4 * kColumns; }
+int64_t int8_scratch_bytes(const Gemm&) { return kBlock * kManyColumns; }
 
 void int8_prepare(const Gemm& g, int64_t token, uint8_t* prepared) {
   const int8_t* x = reinterpret_cast<const int8_t*>(g.x) + token * g.x_stride;
@@ -101,6 +113,7 @@ void unpack_group(const uint8_t* codes, int64_t steps, const uint8_t* t, int64_t
 #pragma GCC unroll 8
     for (int i = 0; i < kVectors / 2; ++i) {
       const int low = i / kHalf * 2 * kHalf + i % kHalf;
+      __builtin_prefetch(codes + step * 2 * kBlock + i * kBytes + kAhead);
       const V bytes = load(codes + step * 2 * kBlock + i * kBytes);
       V first = and_bytes(bytes, mask);
       V second = and_bytes(shift_nibble(bytes), mask);
@@ -174,6 +187,72 @@ int tiles(int left, const uint8_t* operands, int64_t steps, const int8_t* x, int
   return Tokens;
 }
 
+// sums += x W^T for few tokens: codes become operands in registers, once for all tokens.
+template <int Tokens, bool Scaled>
+__attribute__((noinline)) void stream(const Gemm& g, const uint8_t* codes, const uint8_t* t,
+                                      const int8_t* x, int32_t* sums) {
+  constexpr int kWide = 2 * kStreamVectors;
+  const V mask = splat(0x0F0F0F0F);
+  const int64_t steps = g.group_size / 4;
+  for (int i = 0; i < kVectors / 2; i += kStreamVectors) {
+    const int low = i / kHalf * 2 * kHalf + i % kHalf;
+    V sum[Tokens][kWide], scale[kWide];
+#pragma GCC unroll 8
+    for (int m = 0; m < Tokens; ++m) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kWide; ++v) {
+        sum[m][v] = load(sums + m * kBlock + (low + kHalf * v) * (kBytes / 4));
+      }
+    }
+    const uint8_t* bytes = codes + i * kBytes;
+    const int8_t* token = x;
+    for (int64_t group = 0; group < g.groups(); ++group) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kWide && Scaled; ++v) {
+        const V pair = widen(t + group / 2 * 2 * kBlock + (low + kHalf * v) * (kBytes / 2));
+        scale[v] = group % 2 == 0 ? first_of_pair(pair) : second_of_pair(pair);
+      }
+      for (int64_t step = 0; step < steps; ++step) {
+        V weight[kWide];
+#pragma GCC unroll 8
+        for (int v = 0; v < kStreamVectors; ++v) {
+          __builtin_prefetch(bytes + kAhead + v * kBytes);
+          const V both = load(bytes + v * kBytes);
+          weight[2 * v] = and_bytes(both, mask);
+          weight[2 * v + 1] = and_bytes(shift_nibble(both), mask);
+        }
+#pragma GCC unroll 8
+        for (int v = 0; v < kWide && Scaled; ++v) weight[v] = multiply16(weight[v], scale[v]);
+#pragma GCC unroll 8
+        for (int m = 0; m < Tokens; ++m) {
+          const V some = splat(word_at(token + m * g.x_stride));
+#pragma GCC unroll 8
+          for (int v = 0; v < kWide; ++v) dot8(sum[m][v], weight[v], some);
+        }
+        bytes += 2 * kBlock;
+        token += 4;
+      }
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < Tokens; ++m) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kWide; ++v) {
+        store(sums + m * kBlock + (low + kHalf * v) * (kBytes / 4), sum[m][v]);
+      }
+    }
+  }
+}
+
+template <int Tokens>
+void streams(int tokens, const Gemm& g, const uint8_t* codes, const uint8_t* t, const int8_t* x,
+             int32_t* sums) {
+  if constexpr (Tokens > 1) {
+    if (tokens < Tokens) return streams<Tokens - 1>(tokens, g, codes, t, x, sums);
+  }
+  if (g.per_channel) return stream<Tokens, false>(g, codes, t, x, sums);
+  stream<Tokens, true>(g, codes, t, x, sums);
+}
+
 void int8_begin(const Gemm& g, const uint8_t* t, int64_t first, int tokens, const uint8_t* prepared,
                 int32_t* sums) {
   const int64_t bytes = int8_token_bytes(g);
@@ -196,17 +275,20 @@ void int8_multiply(const Gemm& g, int64_t block, int64_t first, int tokens, cons
   const uint8_t* codes = g.codes + block * (g.k / 4) * 2 * kBlock;
   const uint8_t* t = static_cast<const uint8_t*>(g.t) + block * g.pairs() * 2 * kBlock;
   int8_begin(g, t, first, tokens, prepared, sums);
-  for (int64_t k = 0; k < g.k; k += kColumns) {
-    const int64_t columns = g.k - k < kColumns ? g.k - k : kColumns;
+  if (tokens <= kStreamTokens) return streams<kStreamTokens>(tokens, g, codes, t, x, sums);
+  const int64_t most = tokens < kManyTokens ? kColumns : kManyColumns;
+  for (int64_t k = 0; k < g.k; k += most) {
+    const int64_t columns = g.k - k < most ? g.k - k : most;
     unpack(g, codes + k / 4 * 2 * kBlock, t, k, columns, operands);
     // What comes next is fetched while the tokens are multiplied, some lines a tile.
-    const uint8_t* ahead = codes + (k + kColumns) / 4 * 2 * kBlock;
-    int64_t lines = (g.k - k - columns < kColumns ? g.k - k - columns : kColumns) / 2;
+    const uint8_t* ahead = codes + (k + most) / 4 * 2 * kBlock;
+    int64_t lines = (g.k - k - columns < most ? g.k - k - columns : most) / 2;
     if (lines == 0) {
       ahead = g.codes + next * (g.k / 4) * 2 * kBlock;
-      lines = next < 0 ? 0 : (g.k < kColumns ? g.k : kColumns) / 2;
+      lines = next < 0 ? 0 : (g.k < most ? g.k : most) / 2;
     }
-    for (int m = 0; m < tokens;) {
+    int m = matrix_tiles(tokens, operands, columns, x + k, g.x_stride, sums);
+    while (m < tokens) {
       const bool fetch = lines > 0;
       m += tiles<kTileTokens>(tokens - m, operands, columns / 4, x + m * g.x_stride + k, g.x_stride,
                               sums + m * kBlock, fetch ? ahead : operands);
@@ -214,6 +296,13 @@ void int8_multiply(const Gemm& g, int64_t block, int64_t first, int tokens, cons
       lines -= columns / 4;
     }
   }
+}
+
+// Evaluated by the compiler: nothing of this file may run where the machine lacks its instructions.
+constexpr Kernels int8_kernels() {
+  return {int8_token_bytes, int8_scratch_bytes,  int8_prepare,
+          int8_multiply,    scale_sums<int32_t>, silu_mul,
+          load_row,         store_row,           add};
 }
 
 }  // namespace

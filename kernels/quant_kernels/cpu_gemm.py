@@ -1,7 +1,7 @@
 """The GEMMs of libquant_cpu.so (csrc/cpu/gemm.cpp), and the instruction set they use.
 
 The instruction set is the best that the machine has, or the one that $QUANT_CPU_ISA or `set_isa`
-names: avx512_vnni, avx_vnni, avx2 or portable. INT8 results are the same bits with all of them.
+names: amx, avx512_vnni, avx_vnni, avx2 or portable. INT8 results are the same bits with all.
 """
 
 from __future__ import annotations

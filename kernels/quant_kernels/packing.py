@@ -209,7 +209,10 @@ def block_weight(weight: PackedWeight) -> BlockedWeight:
     """Checkpoint layout -> blocked layout, some rows at a time."""
     (rows, columns), fmt, device = weight.shape, weight.fmt, weight.words.device
     code_shape, t_shape = blocked_shapes(rows, columns, fmt)
-    codes = torch.empty(code_shape, dtype=torch.uint8, device=device)
+    if device.type == "cpu":
+        codes = cpu.empty_bytes(*code_shape)
+    else:
+        codes = torch.empty(code_shape, dtype=torch.uint8, device=device)
     blocks, padded = -(-rows // BLOCK_ROWS), -(-columns // BLOCK_SPAN) * BLOCK_SPAN
     step, eights = max(1, CODES_AT_ONCE // (columns * BLOCK_ROWS)), BLOCK_ROWS // ROWS_TOGETHER
     for start in range(0, blocks, step):
