@@ -1,6 +1,7 @@
 """The GEMMs of whole models: microseconds, rates, share of the roofline, and bf16 and FP8 beside.
 
     python benchmarks/gemm.py --json gemm.json --markdown gemm.md --plot gemm.png
+    python benchmarks/gemm.py --device cpu --json gemm-cpu.json     (`gemm_cpu.py`)
 
 For every linear [N, K] of `shapes.MODELS` and every M of `shapes.TOKENS`: both schemes, and in the
 same run BF16 (torch.mm, which is cuBLAS) and FP8 (torch._scaled_mm, scales per row and per token).
@@ -280,8 +281,15 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
     parser.add_argument("--plot", type=Path, help="the roofline, as PNG")
+    parser.add_argument("--rounds", type=int, default=15, help="samples of each library, on a CPU")
     args = parser.parse_args()
     device = torch.device(args.device)
+    if device.type == "cpu":
+        from benchmarks import gemm_cpu
+
+        some = gemm_cpu.SHAPES[: 1 if args.quick else None]
+        gemm_cpu.run(some, args.tokens or gemm_cpu.TOKENS, args.rounds, args.json, args.markdown)
+        return
     chosen = [model for model in MODELS if not args.models or model.name in args.models]
     tokens = args.tokens or (QUICK_TOKENS if args.quick else TOKENS)
     peaks = measure_peaks(device)
