@@ -38,7 +38,14 @@ constexpr int kColumns = 256;
 constexpr int kManyTokens = 96;
 constexpr int kStreamTokens = 4;
 constexpr int kStreamVectors = kBytes == 64 ? 2 : 1;  // of codes, at once
-constexpr int kAhead = 2048;                          // bytes of codes, fetched before their turn
+// Bytes of codes that are fetched before their turn: into the L2 cache, then into the L1.
+constexpr int kFarAhead = 8192;
+constexpr int kAhead = 768;
+
+void fetch(const uint8_t* codes) {
+  __builtin_prefetch(codes + kFarAhead, 0, 2);
+  __builtin_prefetch(codes + kAhead);
+}
 
 int32_t word_at(const void* from) {
   int32_t word;
@@ -113,7 +120,7 @@ void unpack_group(const uint8_t* codes, int64_t steps, const uint8_t* t, int64_t
 #pragma GCC unroll 8
     for (int i = 0; i < kVectors / 2; ++i) {
       const int low = i / kHalf * 2 * kHalf + i % kHalf;
-      __builtin_prefetch(codes + step * 2 * kBlock + i * kBytes + kAhead);
+      __builtin_prefetch(codes + step * 2 * kBlock + i * kBytes + kFarAhead / 4);
       const V bytes = load(codes + step * 2 * kBlock + i * kBytes);
       V first = and_bytes(bytes, mask);
       V second = and_bytes(shift_nibble(bytes), mask);
@@ -216,7 +223,7 @@ __attribute__((noinline)) void stream(const Gemm& g, const uint8_t* codes, const
         V weight[kWide];
 #pragma GCC unroll 8
         for (int v = 0; v < kStreamVectors; ++v) {
-          __builtin_prefetch(bytes + kAhead + v * kBytes);
+          fetch(bytes + v * kBytes);
           const V both = load(bytes + v * kBytes);
           weight[2 * v] = and_bytes(both, mask);
           weight[2 * v + 1] = and_bytes(shift_nibble(both), mask);
