@@ -113,11 +113,9 @@ class LLM:
     def kv_cache(self) -> str:
         """The KV cache, for people: its format, bytes per token, and room."""
         kind = self.model.kv.label if self.model.kv else str(self.model.dtype).split(".")[-1]
-        per_token, tokens = self.model.bytes_per_token, self.cache_tokens
-        return (
-            f"KV cache: {kind}, {per_token / 1e3:.1f} kB a token, room for {tokens:,} tokens "
-            f"({per_token * tokens / 1e6:,.1f} MB)"
-        )
+        size, tokens = self.model.bytes_per_token / 1e3, self.cache_tokens
+        room = f"room for {tokens:,} tokens ({size * tokens / 1e3:,.1f} MB)"
+        return f"KV cache: {kind}, {size:.1f} kB a token, {room}"
 
     def generate(
         self, prompts: str | Sequence[str | list[int]], sampling_params: Params = None
@@ -237,7 +235,12 @@ class LLM:
             raise
         for request in ready:
             text = self._texts[request]
-            _add_text(self.scheduler, request, text)
+            if request.finish_reason != "stop":  # the token that stopped it is no text
+                text.push(request.token_ids[-1])
+            if request.finish_reason is not None:
+                text.flush()
+            if text.stopped:
+                self.scheduler.finish(request, "stop")
             if request in self._outboxes:
                 delta = text.take()
                 piece = StreamOutput(delta, request.token_ids[-1], _output(request, text.taken))
@@ -293,16 +296,6 @@ def cache_pages(
             f"{found} {budget / 1e6:,.1f} MB; lower max_model_len"
         )
     return pages
-
-
-def _add_text(scheduler: Scheduler, request: Request, text: TextStream) -> None:
-    """Decode a request's newest token; end the request where that completes a stop string."""
-    if request.finish_reason != "stop":  # the token that stopped it is no text
-        text.push(request.token_ids[-1])
-    if request.finish_reason is not None:
-        text.flush()
-    if text.stopped:
-        scheduler.finish(request, "stop")
 
 
 def _output(request: Request, text: str) -> RequestOutput:
