@@ -4,6 +4,7 @@ its perplexity is that of `eval`, whichever way the tokens come, and it is faste
 from __future__ import annotations
 
 import copy
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -25,7 +26,7 @@ from quant.evaluation.perplexity import perplexity
 from quant.passes import RopePass, RoundPass
 from quant.runtime.batch import Chunk, make_batch, pages_needed
 from quant.runtime.llm import LLM
-from quant.runtime.model import Model, load_model
+from quant.runtime.model import Model, load_model, make_layer
 from quant.runtime.sampling import SamplingParams
 from quant_kernels import reference, reference_attention
 from quant_kernels.formats import effective_weight
@@ -191,11 +192,31 @@ def test_greedy_tokens_are_those_of_the_fake_quantized_transformers_model(
     assert generated(chunked, prompts) == found
     single = LLM(directory, max_num_seqs=1, **wide)
     assert generated(single, prompts[:8]) == found[:8]
-    for backend, rows, count in (("reference", 16, 24), ("triton", 1, 2)):
-        with monkeypatch.context() as patch:
-            patch.setenv("FOURBYEIGHT_BACKEND", backend)
-            other = generated(LLM(directory, max_num_seqs=16, **wide), prompts[:rows], count)
-        agreement.check(prompts[:rows], other, f"{scheme}, {backend}")
+    with monkeypatch.context() as patch:
+        patch.setenv("FOURBYEIGHT_BACKEND", "reference")
+        other = generated(LLM(directory, max_num_seqs=16, **wide), prompts[:16], 16)
+    agreement.check(prompts[:16], other, f"{scheme}, reference")
+
+
+def test_triton_kernels_make_the_same_blocks(
+    checkpoint: Checkpoint, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two blocks, a prompt of three tokens and one more: the interpreter takes minutes for all."""
+    decoder = load_decoder(checkpoint("w4a8"), dtype=torch.float32)
+    config = dataclasses.replace(decoder.config, num_layers=2)
+    short = dataclasses.replace(decoder, config=config, blocks=decoder.blocks[:2])
+    tokens = prompts[0][:3] + [100]
+    wanted = short.hidden_states(torch.tensor([tokens]), torch.arange(4)[None])[0]
+    monkeypatch.setenv("FOURBYEIGHT_BACKEND", "triton")
+    parts = {f.name: getattr(short, f.name) for f in dataclasses.fields(Decoder)}
+    model = Model(**{k: v for k, v in parts.items() if k != "blocks"},
+                  layers=tuple(map(make_layer, short.blocks)))  # fmt: skip
+    cache = model.new_cache(1, 4)
+    steps = [Chunk(tokens[:3], 0, [0]), Chunk(tokens[3:], 3, [0])]
+    found = [model.forward(make_batch([step], model.device), cache) for step in steps]
+    normed = reference.rms_norm(torch.cat(found), model.norm, config.rms_norm_eps)
+    error = 1 - 2 * (normed * wanted).sum() / (normed.square().sum() + wanted.square().sum())
+    assert float(error) < 1e-3
 
 
 def losses_by_decoding(model: Model, tokens: list[int], prompt: int) -> Tensor:
