@@ -205,7 +205,7 @@ def test_triton_kernels_make_the_same_blocks(
     decoder = load_decoder(checkpoint("w4a8"), dtype=torch.float32)
     config = dataclasses.replace(decoder.config, num_layers=2)
     short = dataclasses.replace(decoder, config=config, blocks=decoder.blocks[:2])
-    tokens = prompts[0][:3] + [100]
+    tokens = [*prompts[0][:3], 100]
     wanted = short.hidden_states(torch.tensor([tokens]), torch.arange(4)[None])[0]
     monkeypatch.setenv("FOURBYEIGHT_BACKEND", "triton")
     parts = {f.name: getattr(short, f.name) for f in dataclasses.fields(Decoder)}
