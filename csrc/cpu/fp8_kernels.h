@@ -21,6 +21,7 @@ namespace quant {
 namespace {
 
 constexpr int kRows = kFp8Rows;
+constexpr int kAhead = 2048;  // bytes of codes, fetched before their turn
 
 int64_t fp8_token_bytes(const Gemm& g) { return sizeof(Operand) * g.spans() * kSpan; }
 int64_t fp8_scratch_bytes(const Gemm& g) { return kRows * fp8_token_bytes(g); }
@@ -56,13 +57,17 @@ struct Levels {
   }
 };
 
-void unpack_rows(const Gemm& g, const uint8_t* codes, const uint8_t* t, Operand* operands) {
-  Levels levels = {g, t, {}};
+// Spans [first, first + spans) of eight rows -> operands [8, 128 spans].
+void unpack_rows(const Gemm& g, int64_t eight, int64_t first, int64_t spans, Operand* operands) {
+  const int64_t t_bytes =
+      g.per_channel ? 0 : kRows * g.groups() * (g.numerics == QUANT_CPU_LUT ? 1 : 4);
+  Levels levels = {g, static_cast<const uint8_t*>(g.t) + eight * t_bytes, {}};
   const int shift = g.per_channel ? 62 : __builtin_ctzll(static_cast<uint64_t>(g.group_size));
-  for (int64_t span = 0; span < g.spans(); ++span) {
+  for (int64_t span = first; span < first + spans; ++span) {
     for (int row = 0; row < kRows; ++row) {
-      const uint8_t* words = codes + (span * kRows + row) * (kSpan / 2);
-      Operand* to = operands + row * g.spans() * kSpan + span * kSpan;
+      const uint8_t* words = g.codes + ((eight * g.spans() + span) * kRows + row) * (kSpan / 2);
+      __builtin_prefetch(words + kAhead);
+      Operand* to = operands + (row * spans + span - first) * kSpan;
       const Operand* level = nullptr;
       int64_t last = -1;
 #pragma GCC unroll 4
@@ -124,13 +129,10 @@ void fp8_multiply(const Gemm& g, int64_t block, int64_t first, int tokens, const
   constexpr int kParts = kBlock / kRows;
   const int64_t columns = g.spans() * kSpan;
   const int64_t code_bytes = kRows * columns / 2;
-  const int64_t t_bytes =
-      g.per_channel ? 0 : kRows * g.groups() * (g.numerics == QUANT_CPU_LUT ? 1 : 4);
   Operand* operands = reinterpret_cast<Operand*>(scratch);
   const Operand* x = reinterpret_cast<const Operand*>(prepared) + first * columns;
   for (int64_t part = block * kParts; part < (block + 1) * kParts; ++part) {
-    unpack_rows(g, g.codes + part * code_bytes, static_cast<const uint8_t*>(g.t) + part * t_bytes,
-                operands);
+    unpack_rows(g, part, 0, g.spans(), operands);
     int64_t ahead = part + 1;
     if (ahead % kParts == 0) ahead = next < 0 ? part : next * kParts;
     float* sums = static_cast<float*>(to) + part % kParts * kRows;

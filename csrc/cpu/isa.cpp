@@ -39,9 +39,10 @@ struct Isas {
   // Where it was measured, on Intel's Xeons, vdpbf16ps takes four times as long as an FMA in FP32,
   // for twice the products; on AMD's Zen 5 both take the same time.
   const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16") && !__builtin_cpu_is("intel");
-  const bool amx = avx512 && __builtin_cpu_supports("amx-int8") && tiles_granted();
+  const bool amx = avx512 && __builtin_cpu_supports("amx-int8") &&
+                   __builtin_cpu_supports("amx-bf16") && tiles_granted();
   const Isa all[5] = {
-      {"amx", amx, &kInt8Amx, &kFp32Avx512, &kFp32Avx512},
+      {"amx", amx, &kInt8Amx, &kBf16Amx, &kFp32Avx512},
       {"avx512_vnni", avx512, &kInt8Avx512, bf16 ? &kBf16Avx512 : &kFp32Avx512, &kFp32Avx512},
       {"avx_vnni", avx_vnni, &kInt8AvxVnni, &kFp32Avx2, &kFp32Avx2},
       {"avx2", avx2, &kInt8Avx2, &kFp32Avx2, &kFp32Avx2},
