@@ -44,6 +44,7 @@ void look_up(const uint8_t* words, int j, const Operand* levels, Operand* to) {
 
 #include "fp8_kernels.h"
 
+#ifndef QUANT_AMX
 namespace quant {
 #ifdef QUANT_BF16
 const Kernels kBf16Avx512 = fp8_kernels();
@@ -51,3 +52,4 @@ const Kernels kBf16Avx512 = fp8_kernels();
 const Kernels kFp32Avx512 = fp8_kernels();
 #endif
 }  // namespace quant
+#endif

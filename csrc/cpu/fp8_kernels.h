@@ -21,6 +21,8 @@ namespace quant {
 namespace {
 
 constexpr int kRows = kFp8Rows;
+constexpr uint8_t kOne = 0x38;  // 1, as an E4M3 code
+constexpr int kAhead = 2048;    // bytes of codes, fetched before their turn
 
 int64_t fp8_token_bytes(const Gemm& g) { return sizeof(Operand) * g.spans() * kSpan; }
 int64_t fp8_scratch_bytes(const Gemm& g) { return kRows * fp8_token_bytes(g); }
@@ -39,38 +41,32 @@ void fp8_prepare(const Gemm& g, int64_t token, uint8_t* prepared) {
   for (int64_t k = g.k; k < g.spans() * kSpan; ++k) to[k] = Operand();
 }
 
-// The levels of group `group` of the rows [8] to which t belongs.
-struct Levels {
-  const Gemm& g;
-  const uint8_t* t;
-  Operand own[16];
-
-  const Operand* of(int64_t group, int row) {
-    if (g.per_channel) return levels_of(0x38, Operand());  // t = 1
-    if (group >= g.groups()) group = g.groups() - 1;       // q = 0: any will do
-    if (g.numerics == QUANT_CPU_LUT) return levels_of(t[group * kRows + row], Operand());
-    float scale;
-    std::memcpy(&scale, t + 4 * (group * kRows + row), sizeof scale);
-    for (int q = 0; q < 16; ++q) own[q] = static_cast<Operand>(static_cast<float>(q - 8) * scale);
-    return own;
-  }
-};
-
-void unpack_rows(const Gemm& g, const uint8_t* codes, const uint8_t* t, Operand* operands) {
-  Levels levels = {g, t, {}};
+// Spans [first, first + spans) of eight rows -> operands [8, 128 spans].
+void unpack_rows(const Gemm& g, int64_t eight, int64_t first, int64_t spans, Operand* operands) {
+  const bool exact = g.numerics == QUANT_CPU_EXACT && !g.per_channel;
+  const int64_t groups = g.per_channel ? 0 : g.groups(), all_spans = g.spans();
   const int shift = g.per_channel ? 62 : __builtin_ctzll(static_cast<uint64_t>(g.group_size));
-  for (int64_t span = 0; span < g.spans(); ++span) {
+  const uint8_t* t = static_cast<const uint8_t*>(g.t) + eight * kRows * groups * (exact ? 4 : 1);
+  const uint8_t* codes = g.codes + eight * all_spans * kRows * (kSpan / 2);
+  for (int64_t span = first; span < first + spans; ++span) {
     for (int row = 0; row < kRows; ++row) {
       const uint8_t* words = codes + (span * kRows + row) * (kSpan / 2);
-      Operand* to = operands + row * g.spans() * kSpan + span * kSpan;
-      const Operand* level = nullptr;
-      int64_t last = -1;
+      __builtin_prefetch(words + kAhead);
+      Operand* to = operands + (row * spans + span - first) * kSpan;
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) {
-        const int64_t group = (span * kSpan + 32 * j) >> shift;
-        if (j == 0 || group != last) level = levels.of(group, row);
-        last = group;
-        look_up(words, j, level, to + 32 * j);
+        int64_t group = (span * kSpan + 32 * j) >> shift;
+        if (group >= groups) group = groups - 1;  // beyond K: q = 0, and any levels will do
+        Operand own[16];
+        const Operand* levels = own;
+        if (exact) {
+          float scale;
+          std::memcpy(&scale, t + 4 * (group * kRows + row), sizeof scale);
+          for (int q = 0; q < 16; ++q) own[q] = static_cast<Operand>((q - 8) * scale);
+        } else {
+          levels = levels_of(groups == 0 ? kOne : t[group * kRows + row], Operand());
+        }
+        look_up(words, j, levels, to + 32 * j);
       }
     }
   }
@@ -124,13 +120,10 @@ void fp8_multiply(const Gemm& g, int64_t block, int64_t first, int tokens, const
   constexpr int kParts = kBlock / kRows;
   const int64_t columns = g.spans() * kSpan;
   const int64_t code_bytes = kRows * columns / 2;
-  const int64_t t_bytes =
-      g.per_channel ? 0 : kRows * g.groups() * (g.numerics == QUANT_CPU_LUT ? 1 : 4);
   Operand* operands = reinterpret_cast<Operand*>(scratch);
   const Operand* x = reinterpret_cast<const Operand*>(prepared) + first * columns;
   for (int64_t part = block * kParts; part < (block + 1) * kParts; ++part) {
-    unpack_rows(g, g.codes + part * code_bytes, static_cast<const uint8_t*>(g.t) + part * t_bytes,
-                operands);
+    unpack_rows(g, part, 0, g.spans(), operands);
     int64_t ahead = part + 1;
     if (ahead % kParts == 0) ahead = next < 0 ? part : next * kParts;
     float* sums = static_cast<float*>(to) + part % kParts * kRows;

@@ -148,7 +148,7 @@ int run(const Gemm& g, int threads) {
   }
   work.item_count = blocks * work.ranges();
   work.sums_bytes = work.range * kSumBytes;
-  const int64_t prepared_bytes = round_up(g.m * kernels->token_bytes(g), 64);
+  const int64_t prepared_bytes = round_up(g.m, 16) * kernels->token_bytes(g);
   const int64_t scratch_bytes =
       round_up((g.silu_mul ? 3 : 1) * work.sums_bytes + kernels->scratch_bytes(g), 4096);
   const auto team = static_cast<int>(std::min<int64_t>(threads, work.item_count));

@@ -66,7 +66,7 @@ struct Kernels {
 extern const Kernels kInt8Portable, kFp32Portable;
 #if defined(__x86_64__)
 extern const Kernels kInt8Avx2, kInt8AvxVnni, kInt8Avx512, kInt8Amx;
-extern const Kernels kFp32Avx2, kFp32Avx512, kBf16Avx512;
+extern const Kernels kFp32Avx2, kFp32Avx512, kBf16Avx512, kBf16Amx;
 #endif
 
 // The kernels for these numbers on this machine; null where $QUANT_CPU_ISA names what it lacks.

@@ -61,13 +61,14 @@ struct Isas {
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
   const bool amx = avx512 && __builtin_cpu_supports("amx-tile") &&
-                   __builtin_cpu_supports("amx-int8") && may_use_tiles();
+                   __builtin_cpu_supports("amx-int8") && __builtin_cpu_supports("amx-bf16") &&
+                   may_use_tiles();
   // Where it was measured, on Intel's Xeons, vdpbf16ps takes four times as long as an FMA in FP32,
   // for twice the products; on AMD's Zen 5 both take the same time.
   const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16") && !__builtin_cpu_is("intel");
   const Kernels* const wide = bf16 ? &kBf16Avx512 : &kFp32Avx512;
   const Isa all[5] = {
-      {"amx", amx, &amx::table, &kInt8Amx, wide, &kFp32Avx512},
+      {"amx", amx, &amx::table, &kInt8Amx, &kBf16Amx, &kFp32Avx512},
       {"avx512_vnni", avx512, &avx512::table, &kInt8Avx512, wide, &kFp32Avx512},
       {"avx_vnni", avx_vnni, &avx2::table, &kInt8AvxVnni, &kFp32Avx2, &kFp32Avx2},
       {"avx2", avx2, &avx2::table, &kInt8Avx2, &kFp32Avx2, &kFp32Avx2},
