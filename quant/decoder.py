@@ -23,12 +23,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quant.architectures import SITES, DecoderConfig
+from quant.errors import RequestError
 from quant_kernels import ops, reference
 from quant_kernels.formats import WeightFormat
 from quant_kernels.kv4 import KVFormat, quantize_kv
 from quant_kernels.packing import KV_PAGE, PackedWeight
 from quant_kernels.reference import ExpandedWeight, rms_norm
 from quant_kernels.reference_attention import append_kv, apply_rope
+from quant_kernels.registration import HEAD_DIMS
 
 # q [B, S, Hq, D], k and v [B, S, Hk, D], all after RoPE -> [B, S, Hq, D]
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -91,6 +93,15 @@ def causal_attention(
         return scaled_dot_product(q, k, v, (distance >= 0) & (distance < window))
 
     return attend
+
+
+def check_head_dim(cfg: DecoderConfig) -> None:
+    """RequestError where no attention over a quantized cache takes heads of this dimension."""
+    if cfg.head_dim not in HEAD_DIMS:
+        raise RequestError(
+            f"kv_cache kv4 takes heads of dimension {', '.join(map(str, HEAD_DIMS))}; this "
+            f"model's have {cfg.head_dim}: use kv_cache none"
+        )
 
 
 def attend_quantized(

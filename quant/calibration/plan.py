@@ -17,6 +17,7 @@ from quant.calibration.site import part_elements
 from quant.checkpoint.compressed_tensors import packed_shapes
 from quant.checkpoint.reader import CheckpointReader
 from quant.checkpoint.shards import DTYPE_NAMES, DTYPES, header_bytes
+from quant.decoder import check_head_dim
 from quant.errors import RequestError
 from quant.memory import available_bytes
 from quant.passes import CompensatePass
@@ -107,6 +108,8 @@ def make_plan(
     cfg = reader.config
     if recipe.rope is not None:
         check_rotary_layout(reader.raw_config)
+    if recipe.kv_format is not None:
+        check_head_dim(cfg)
     layers = plan_layers(cfg, recipe)
     untie = recipe.rotate is not None and recipe.rotate.residual and cfg.tie_word_embeddings
     tensors = _output_tensors(reader, layers, dtype)

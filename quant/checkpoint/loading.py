@@ -16,7 +16,7 @@ from quant.checkpoint.compressed_tensors import (
 )
 from quant.checkpoint.reader import CheckpointReader
 from quant.checkpoint.side import read_side
-from quant.decoder import Block, Decoder, Linear
+from quant.decoder import Block, Decoder, Linear, check_head_dim
 from quant.errors import RequestError
 from quant_kernels.formats import WeightFormat, on_grid
 from quant_kernels.packing import PackedWeight
@@ -47,6 +47,8 @@ class DecoderSource:
         self.config = self._reader.config
         side = read_side(directory, self.config)
         self.kv = side.kv
+        if self.kv is not None:
+            check_head_dim(self.config)
         self._keys = [transform.to(self._device) for transform in side.keys]
         self._reader.check_shapes(self.config.outer_shapes())
         self._reader.check_tied()

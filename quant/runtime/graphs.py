@@ -18,15 +18,12 @@ from torch import Tensor
 from quant.runtime.batch import Batch, pages_needed
 from quant.runtime.model import Cache, Model
 
-SMALL_BUCKETS = (1, 2, 4)
-STEP = 8
 WARM_UP = 2  # runs before recording: kernels are compiled, tuned and loaded in them
 
 
 def bucket_of(size: int) -> int:
     """The batch size that a batch of `size` sequences is padded to."""
-    fitting = [bucket for bucket in SMALL_BUCKETS if bucket >= size]
-    return fitting[0] if fitting else -(-size // STEP) * STEP
+    return next((bucket for bucket in (1, 2, 4) if bucket >= size), -(-size // 8) * 8)
 
 
 @dataclass(frozen=True)

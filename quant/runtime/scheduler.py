@@ -89,10 +89,7 @@ class Scheduler:
 
     @torch.inference_mode()
     def step(self) -> list[Request]:
-        """Compute once; the requests that got one more token, in no certain order.
-
-        An empty list with requests unfinished means that prompts have become shorter.
-        """
+        """Compute once; the requests that got one more token, none where only prompts went on."""
         self._admit()
         planned = self._plan()
         if not planned:

@@ -7,8 +7,10 @@ import dataclasses
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from quant.architectures import DecoderConfig
+from quant.calibration.quantize import quantize
 from quant.calibration.rope import (
     channel_scale,
     check_rotary_layout,
@@ -24,6 +26,7 @@ from quant.decoder import (
     KeyTransform,
     Linear,
     causal_attention,
+    check_head_dim,
 )
 from quant.errors import RequestError
 from quant_kernels import reference
@@ -299,3 +302,20 @@ def test_causal_attention_is_blind_to_a_shift_of_all_keys():
         attend = causal_attention(window)
         found = causal_attention(window, None, shift)(q, k, v)
         torch.testing.assert_close(found, attend(q, k, v), rtol=0, atol=1e-5)
+
+
+def test_heads_that_no_kernel_takes_are_refused_before_any_work(tiny_checkpoint, tmp_path):
+    config = dataclasses.replace(load_decoder(tiny_checkpoint("llama")).config, head_dim=80)
+    with pytest.raises(RequestError, match=r"kv4 takes heads of dimension 32, .* have 80"):
+        check_head_dim(config)
+    source, output = tmp_path / "source", tmp_path / "out"
+    shape = {"hidden_size": 160, "num_attention_heads": 2, "num_key_value_heads": 1}
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(
+            "llama", vocab_size=64, intermediate_size=64, num_hidden_layers=1, head_dim=80, **shape
+        )
+    )
+    model.save_pretrained(source)
+    with pytest.raises(RequestError, match="have 80: use kv_cache none"):
+        quantize(str(source), output, "rtn", group_size=32, kv_cache="kv4", device="cpu")
+    assert not output.exists()
