@@ -15,7 +15,13 @@ from torch import Tensor
 
 from quant.calibration.scales import choose_scales
 from quant_kernels import cpu, cpu_gemm, native, ops, reference
-from quant_kernels.formats import WeightFormat, effective_weight, every_format, nearest_codes
+from quant_kernels.formats import (
+    WeightFormat,
+    effective_weight,
+    every_format,
+    kernel_operand,
+    nearest_codes,
+)
 from quant_kernels.packing import (
     BlockedWeight,
     PackedWeight,
@@ -129,9 +135,9 @@ def test_every_format_at_the_edges_of_blocks_and_tiles(fmt, n, k, m):
     assert_close(found, wanted, bound(tokens, weight, bias, residual))
 
 
-@pytest.mark.parametrize("fmt", [FORMATS[2], FORMATS[6], *INT8_FORMATS], ids=str)
+@pytest.mark.parametrize("fmt", [*FORMATS[:4], FORMATS[6], *INT8_FORMATS], ids=str)
 def test_every_number_of_tokens_and_the_row_of_a_batch_is_the_row_alone(fmt):
-    k = 640
+    k = 648 if fmt.per_channel else 640
     weight, tokens = block_weight(make_weight(72, k, fmt)), make_tokens(100, k, fmt)
     whole = multiply(tokens, weight)
     for m in range(71):
@@ -142,7 +148,7 @@ def test_every_number_of_tokens_and_the_row_of_a_batch_is_the_row_alone(fmt):
         assert torch.equal(whole, wanted)
 
 
-@pytest.mark.parametrize("fmt", [FORMATS[1], INT8_FORMATS[0]], ids=str)
+@pytest.mark.parametrize("fmt", [FORMATS[1], FORMATS[3], INT8_FORMATS[0]], ids=str)
 def test_threads_do_not_change_a_bit(fmt):
     weight, before = block_weight(make_weight(328, 256, fmt)), torch.get_num_threads()
     tokens = {m: make_tokens(m, 256, fmt) for m in (1, 70, 500)}
@@ -294,6 +300,29 @@ def test_int8_sums_are_exact_at_their_extremes(group_size):
     weight = PackedWeight(pack_int4(q), scales, fmt)
     found = multiply((codes, torch.ones(3, 1)), weight)
     assert torch.equal(found, 16 * (codes.long() @ q.long().T).float())
+
+
+@pytest.mark.parametrize("fmt", FORMATS[:4], ids=str)
+def test_one_fp8_product_is_exact_whatever_its_factors(fmt):
+    # Token m is E4M3's code m once, beside zeros: a product that is not its own sum would show, and
+    # so would a factor or a product that is flushed to zero, down to 2^-18.
+    n, k, generator = 136, 640, torch.Generator().manual_seed(5)
+    t = torch.randint(1, 103, (n, fmt.groups(k)), dtype=torch.uint8, generator=generator)
+    q = torch.randint(-8, 8, (n, k), dtype=torch.int8, generator=generator)
+    column = torch.randint(k, (256,), generator=generator)
+    t[:, -1] = q[:, -1] = 1  # 2^-9, and so is token 1
+    column[1] = k - 1
+    t[:, 0] = 102  # 56, so that t is what a scale is split into
+    scales = t.view(torch.float8_e4m3fn).bfloat16()
+    codes = torch.zeros(256, k, dtype=torch.uint8)
+    codes[range(256), column] = torch.arange(256, dtype=torch.uint8)
+    tokens = (codes.view(torch.float8_e4m3fn), torch.ones(256, 1))
+    operand, c = kernel_operand(q, scales, fmt)
+    value = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    wanted = value.unsqueeze(1) * operand.T[column] * c.T
+    assert fmt.per_channel or bool((wanted[1] == 2.0**-18).all())
+    found = multiply(tokens, PackedWeight(pack_int4(q), scales, fmt))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("fmt", [fmt for fmt in FORMATS if not fmt.per_channel], ids=str)
