@@ -63,12 +63,17 @@ def spec(calibration: dict[str, Any], evaluation_text: Path, tmp_path_factory: A
 
 def in_this_process(command: list[str], log: Any) -> int:
     """What `ablation._wait` does, without the seconds that an interpreter takes to start."""
+    # On one thread, as the tests: with more, some processors sum in another order.
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(log), redirect_stderr(log):
         patch.setattr(sys, "argv", command[3:])
         try:
             cli.main()
         except SystemExit as ended:
             return int(ended.code or 0)
+        finally:
+            torch.set_num_threads(before)
     return 0
 
 
