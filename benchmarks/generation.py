@@ -13,7 +13,8 @@ every batch and prompt length, greedily and past any end of sequence:
 
 medians over --repeats, after one of each that does not count. Prompts are random tokens. An engine
 runs in a process of its own, so that its peak memory is its own: resident bytes, and on a GPU what
-tensors took there. transformers runs in BF16, as it comes and, with --compiled, with its static
+tensors took there. On a GPU our tokens with CUDA graphs are first compared with those without.
+transformers runs in BF16, as it comes and, with --compiled, with its static
 cache and torch.compile; vLLM in BF16 where it is installed and there is a GPU; --dense adds our own
 runtime in BF16. A cell that does not fit the memory is left out and named.
 """
@@ -70,15 +71,17 @@ def prompts(batch: int, length: int) -> list[list[int]]:
     return torch.randint(0, VOCABULARY, (batch, length), generator=generator).tolist()
 
 
-def our_engine(args: argparse.Namespace, model: Any, batch: int, length: int) -> Generate:
-    """Our runtime, with room for `batch` sequences of `length` tokens."""
+def our_engine(
+    args: argparse.Namespace, model: Any, batch: int, length: int, eager: bool = False
+) -> Generate:
+    """Our runtime, with room for `batch` sequences of `length` tokens; eager: no CUDA graphs."""
     from quant.runtime.batch import pages_needed
     from quant.runtime.graphs import DecodeGraphs
     from quant.runtime.sampling import SamplingParams
     from quant.runtime.scheduler import Request, Scheduler
 
     cache = model.new_cache(batch * pages_needed(length), length)
-    on_gpu = model.device.type == "cuda"
+    records = model.device.type == "cuda" and not eager
     scheduler = Scheduler(
         model,
         cache,
@@ -86,7 +89,7 @@ def our_engine(args: argparse.Namespace, model: Any, batch: int, length: int) ->
         max_num_seqs=batch,
         max_model_len=length,
         max_num_batched_tokens=max(args.max_num_batched_tokens, batch),
-        graphs=DecodeGraphs(model, cache, length) if on_gpu else None,
+        graphs=DecodeGraphs(model, cache, length) if records else None,
     )
 
     def generate(given: list[list[int]], count: int) -> list[list[int]]:
@@ -99,6 +102,16 @@ def our_engine(args: argparse.Namespace, model: Any, batch: int, length: int) ->
         return [request.token_ids for request in requests]
 
     return generate
+
+
+def check_graphs(args: argparse.Namespace, model: Any, batch: int, length: int) -> None:
+    """SystemExit where recorded decode steps give other tokens than steps launched one by one."""
+    given, room = prompts(batch, length), length + args.tokens
+    recorded = our_engine(args, model, batch, room)(given, args.tokens)
+    launched = our_engine(args, model, batch, room, eager=True)(given, args.tokens)
+    if recorded != launched:
+        rows = [i for i in range(batch) if recorded[i] != launched[i]]
+        raise SystemExit(f"CUDA graphs change the tokens of sequences {rows} of {batch}")
 
 
 def our_model(args: argparse.Namespace, dense: bool) -> Any:
@@ -236,6 +249,8 @@ def _work(args: argparse.Namespace) -> list[Cell]:
     cells, engine = [], args.engine
     if engine.startswith("fourbyeight"):
         model = our_model(args, engine.endswith("dense"))
+        if model.device.type == "cuda":
+            check_graphs(args, model, min(args.batch), min(args.prompt))
     elif engine.startswith("transformers"):
         generate = transformers_engine(args, engine.endswith("compiled"))
     elif engine == "vllm":

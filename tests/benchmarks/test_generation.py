@@ -1,5 +1,6 @@
 """The generation benchmark's arithmetic, and a run of it on a tiny model."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import generation
 from benchmarks.generation import Cell, markdown, measure, prompts
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "generation.py"
@@ -95,3 +97,17 @@ def test_configs_are_the_shapes_that_they_are_named_for():
     assert round(cfg.num_layers * cfg.block_elements() / 1e9, 1) == 7.0
     large = read_config(SCRIPT.parent / "configs" / "llama-3-70b.json")
     assert round(large.num_layers * large.block_elements() / 1e9, 1) == 68.5
+
+
+def test_graphs_that_change_tokens_are_told(monkeypatch):
+    args = argparse.Namespace(tokens=4)
+    given = {False: [[1, 2, 3, 4], [5, 6, 7, 8]], True: [[1, 2, 3, 4], [5, 6, 7, 8]]}
+
+    def engine(args, model, batch, length, eager=False):
+        return lambda prompts, count: given[eager]
+
+    monkeypatch.setattr(generation, "our_engine", engine)
+    generation.check_graphs(args, None, 2, 8)
+    given[True] = [[1, 2, 3, 4], [5, 6, 0, 8]]
+    with pytest.raises(SystemExit, match=r"tokens of sequences \[1\] of 2"):
+        generation.check_graphs(args, None, 2, 8)
