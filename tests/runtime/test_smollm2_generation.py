@@ -26,7 +26,7 @@ from quant.evaluation.perplexity import hidden_states, perplexity
 from quant.passes import RopePass, RoundPass
 from quant.runtime.batch import Chunk, make_batch, pages_needed
 from quant.runtime.llm import LLM
-from quant.runtime.model import Model, load_model, make_layer
+from quant.runtime.model import Model, load_model
 from quant.runtime.sampling import SamplingParams
 from quant_kernels import reference, reference_attention
 from quant_kernels.formats import effective_weight
@@ -211,7 +211,10 @@ def test_so_are_those_of_fp8_activations_over_a_dense_cache(
 
 
 def test_triton_kernels_make_the_same_blocks(
-    checkpoint: Checkpoint, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+    checkpoint: Checkpoint,
+    prompts: list[list[int]],
+    as_model: Callable[[Decoder], Model],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Two blocks, a prompt of three tokens and one more: the interpreter takes minutes for all."""
     decoder = load_decoder(checkpoint("w4a8"), dtype=torch.float32)
@@ -220,9 +223,7 @@ def test_triton_kernels_make_the_same_blocks(
     tokens = [*prompts[0][:3], 100]
     wanted = short.hidden_states(torch.tensor([tokens]), torch.arange(4)[None])[0]
     monkeypatch.setenv("FOURBYEIGHT_BACKEND", "triton")
-    parts = {f.name: getattr(short, f.name) for f in dataclasses.fields(Decoder)}
-    model = Model(**{k: v for k, v in parts.items() if k != "blocks"},
-                  layers=tuple(map(make_layer, short.blocks)))  # fmt: skip
+    model = as_model(short)
     cache = model.new_cache(1, 4)
     steps = [Chunk(tokens[:3], 0, [0]), Chunk(tokens[3:], 3, [0])]
     found = [model.forward(make_batch([step], model.device), cache) for step in steps]
