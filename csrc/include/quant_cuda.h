@@ -11,6 +11,8 @@
 // Goes up with every change that an already built caller would notice.
 #define QUANT_CUDA_ABI_VERSION 1
 
+#include <stdint.h>
+
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -21,7 +23,59 @@ enum QuantCudaStatus {
   QUANT_CUDA_NO_DRIVER = -2,
   QUANT_CUDA_DRIVER_TOO_OLD = -3,
   QUANT_CUDA_NO_DEVICE = -4,
+  QUANT_CUDA_BAD_SHAPE = -5,
+  QUANT_CUDA_BAD_ALIGNMENT = -6,
+  QUANT_CUDA_NO_KERNEL = -7,
+  QUANT_CUDA_SMALL_WORKSPACE = -8,
+  QUANT_CUDA_NOT_HOPPER = -9,
+  QUANT_CUDA_TENSOR_MAP = -10,
 };
+
+// How codes become operands; _8: some code is -8, which takes more instructions (convert.cuh).
+enum QuantCudaKind {
+  QUANT_CUDA_INT8_CHANNEL,
+  QUANT_CUDA_INT8_GROUP,
+  QUANT_CUDA_FP8_CHANNEL,
+  QUANT_CUDA_FP8_CHANNEL_8,
+  QUANT_CUDA_LUT,
+  QUANT_CUDA_LUT_8,
+  QUANT_CUDA_EXACT,
+  QUANT_CUDA_EXACT_8,
+};
+enum QuantCudaType { QUANT_CUDA_FP32, QUANT_CUDA_BF16, QUANT_CUDA_FP16 };
+
+// Y [tokens, rows] = X [tokens, columns] W^ [rows, columns]^T (cuda/gemm_kernel.cuh has the
+// mathematics). Strides count elements, of the first dimension; the last one is contiguous.
+typedef struct {
+  const void* x;  // E4M3 or INT8 codes; address and stride are multiples of 16
+  const float* x_scale;
+  const void* codes;  // the fragment layout of quant_kernels/packing.py, as t; aligned to 16
+  const void* t;
+  const float* c;
+  const void* bias;      // or null
+  const void* residual;  // or null; may be out
+  void* out;             // [tokens, rows / 2] with silu_mul, whose weight is the gate, then up
+  void* workspace;       // quant_cuda_gemm_workspace bytes, aligned to 16
+  uint32_t* flags;       // `workers` zeros, which the kernel leaves as zeros; of this stream alone
+  int64_t tokens, rows, columns;
+  int64_t x_stride, x_scale_stride, residual_stride, out_stride, workspace_bytes;
+  int kind, group_size;  // 32, 64 or 128; 128 where there are no groups
+  int bias_type, residual_type, out_type;
+  int silu_mul;
+  // Tiles of 128 rows by tile_tokens, shared by clusters of `cluster` blocks; `workers` clusters
+  // take them whole, or in equal parts of K where split is 1 (cuda/schedule.h).
+  int tile_tokens, cluster, workers, split;
+} QuantCudaGemm;
+
+// Whether a kernel takes these arguments, and why not; no driver is asked. Pointers are looked at,
+// not followed.
+QUANT_CUDA_API int quant_cuda_gemm_check(const QuantCudaGemm* gemm);
+
+// Bytes of workspace of these tiles; 0 where tiles are whole.
+QUANT_CUDA_API int64_t quant_cuda_gemm_workspace(const QuantCudaGemm* gemm);
+
+// Starts the GEMM on a device and its stream; returns before it ends.
+QUANT_CUDA_API int quant_cuda_gemm(const QuantCudaGemm* gemm, int device, void* stream);
 
 // QUANT_CUDA_ABI_VERSION of the library, as opposed to that of this header.
 QUANT_CUDA_API int quant_cuda_abi_version(void);

@@ -1,0 +1,101 @@
+// From a caller's arguments to a kernel's, and whether a kernel takes them: on a host without a
+// GPU.
+#pragma once
+
+#include "gemm_params.h"
+#include "quant_cuda.h"
+
+namespace quant {
+
+constexpr int64_t kMostTokens = int64_t{1} << 24, kMostRows = 1 << 24, kMostColumns = 1 << 20;
+
+// Kinds without groups are listed at 128. Sums of exact take a second accumulator, so 128 tokens
+// at most; clusters share a wide tile of X.
+constexpr bool has_kernel(int kind, int group, int tokens, int cluster) {
+  const bool known = kind >= 0 && kind < kKinds;
+  const bool grouped = kind == QUANT_CUDA_INT8_GROUP || kind >= QUANT_CUDA_LUT;
+  const bool promoted = kind >= QUANT_CUDA_EXACT;
+  const int widest = promoted ? 128 : 256;
+  const bool of_group = group == 128 || (grouped && (group == 64 || group == 32));
+  const bool of_tokens =
+      tokens == 16 || tokens == 32 || tokens == 64 || tokens == 128 || tokens == 256;
+  const bool of_cluster = cluster == 1 || (cluster == 2 && tokens == widest);
+  return known && of_group && of_tokens && tokens <= widest && of_cluster;
+}
+
+inline int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
+inline bool aligned(const void* pointer, int64_t bytes) {
+  return reinterpret_cast<uintptr_t>(pointer) % static_cast<uintptr_t>(bytes) == 0;
+}
+inline int64_t partial_bytes(const QuantCudaGemm& g) {
+  return g.split ? int64_t{4} * g.workers * kTileRows * g.tile_tokens : 0;
+}
+
+inline int check(const QuantCudaGemm& g) {
+  if (!has_kernel(g.kind, g.group_size, g.tile_tokens, g.cluster)) return QUANT_CUDA_NO_KERNEL;
+  const bool positive = g.tokens > 0 && g.rows > 0 && g.columns > 0;
+  const bool small = g.tokens <= kMostTokens && g.rows <= kMostRows && g.columns <= kMostColumns;
+  if (!positive || !small || g.columns % g.group_size % 8 != 0) return QUANT_CUDA_BAD_SHAPE;
+  if (g.silu_mul && (g.rows % (2 * kFragmentRows) != 0 || g.residual != nullptr)) {
+    return QUANT_CUDA_BAD_SHAPE;
+  }
+  const auto type = [](int value) { return value >= QUANT_CUDA_FP32 && value <= QUANT_CUDA_FP16; };
+  if (!type(g.out_type) || !type(g.bias_type) || !type(g.residual_type))
+    return QUANT_CUDA_BAD_SHAPE;
+  if (g.workers < 1 || (g.split && (g.cluster != 1 || g.tile_tokens > 128))) {
+    return QUANT_CUDA_NO_KERNEL;
+  }
+  const bool grouped = g.kind == QUANT_CUDA_INT8_GROUP || g.kind >= QUANT_CUDA_LUT;
+  if (!g.x || !g.x_scale || !g.codes || (grouped && !g.t) || !g.c || !g.out) {
+    return QUANT_CUDA_NULL_POINTER;
+  }
+  if (g.split && (!g.workspace || !g.flags)) return QUANT_CUDA_NULL_POINTER;
+  if (!aligned(g.x, 16) || g.x_stride % 16 != 0 || g.x_stride < g.columns ||
+      !aligned(g.codes, 16) || (grouped && !aligned(g.t, 16)) || !aligned(g.workspace, 16)) {
+    return QUANT_CUDA_BAD_ALIGNMENT;
+  }
+  return g.workspace_bytes < partial_bytes(g) ? QUANT_CUDA_SMALL_WORKSPACE : QUANT_CUDA_OK;
+}
+
+// After `check`. Rows come in fours, aligned, where every address and stride allows it.
+inline GemmParams plan(const QuantCudaGemm& g) {
+  constexpr int64_t kSizes[] = {4, 2, 2};
+  const int64_t outputs = g.silu_mul ? g.rows / 2 : g.rows;
+  const auto fours = [&](const void* pointer, int type, int64_t stride) {
+    return pointer == nullptr || (aligned(pointer, 4 * kSizes[type]) && stride % 4 == 0);
+  };
+  GemmParams p{};
+  p.codes = static_cast<const uint8_t*>(g.codes);
+  p.t = static_cast<const uint8_t*>(g.t);
+  p.c = g.c;
+  p.x_scale = g.x_scale;
+  p.bias = g.bias;
+  p.residual = g.residual;
+  p.out = g.out;
+  p.x_scale_stride = g.x_scale_stride;
+  p.residual_stride = g.residual_stride;
+  p.out_stride = g.out_stride;
+  p.bias_type = static_cast<Type>(g.bias_type);
+  p.residual_type = static_cast<Type>(g.residual_type);
+  p.out_type = static_cast<Type>(g.out_type);
+  p.tokens = static_cast<int>(g.tokens);
+  p.rows = static_cast<int>(g.rows);
+  p.fragments = ceil_div(g.rows, kFragmentRows);
+  p.silu_mul = g.silu_mul;
+  p.vectors = fours(g.out, g.out_type, g.out_stride) && fours(g.bias, g.bias_type, 0) &&
+              fours(g.residual, g.residual_type, g.residual_stride) && aligned(g.c, 16) &&
+              outputs % 4 == 0;
+  p.schedule = {ceil_div(outputs, (g.silu_mul ? kFragmentRows : kTileRows) * g.cluster),
+                ceil_div(g.tokens, g.tile_tokens), ceil_div(g.columns, kBlockColumns), g.workers,
+                g.split};
+  // A worker without units would be waited for.
+  if (p.schedule.workers > p.schedule.units()) {
+    p.schedule.workers = static_cast<int>(p.schedule.units());
+  }
+  if (!g.split && p.schedule.workers > p.schedule.tiles()) p.schedule.workers = p.schedule.tiles();
+  p.partials = g.workspace;
+  p.flags = g.flags;
+  return p;
+}
+
+}  // namespace quant
