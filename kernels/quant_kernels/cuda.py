@@ -86,3 +86,13 @@ def _library() -> ctypes.CDLL:
         ctypes.POINTER(ctypes.c_int),
     ]
     return library
+
+
+def library() -> ctypes.CDLL:
+    """libquant_cuda.so; LibraryMissing where it was not built."""
+    return _library()
+
+
+def error_string(status: int) -> str:
+    """One English sentence for a status."""
+    return _error_string(status)
