@@ -3,6 +3,7 @@
 
 #include "attention_plan.h"
 #include "decode_kernel.cuh"
+#include "prefill_kernel.cuh"
 
 namespace quant {
 namespace {
@@ -18,6 +19,18 @@ bool simulate(const QuantCudaDecode& d, Launch launch) {
   launch.threads = kDecodeThreads;
   launch.shared_bytes = C::kSharedBytes;
   failure = run(launch, [&] { decode_body<C>(p); });
+  return true;
+}
+
+template <int kDim>
+bool simulate(const QuantCudaPrefill& prefill, Launch launch) {
+  using C = PrefillConfig<kDim>;
+  if (prefill.attention.head_dim != kDim) return false;
+  const PrefillParams p = plan(prefill);
+  launch.blocks = p.tiles * p.shared.batch * p.shared.kv_heads;
+  launch.threads = kPrefillThreads;
+  launch.shared_bytes = C::kSharedBytes;
+  failure = run(launch, [&] { prefill_body<C>(p); });
   return true;
 }
 
@@ -40,6 +53,7 @@ const char* refused(int status) {
 
 extern "C" {
 
+int quant_cuda_prefill_check(const QuantCudaPrefill* prefill) { return quant::check(*prefill); }
 int quant_cuda_decode_check(const QuantCudaDecode* decode) { return quant::check(*decode); }
 int64_t quant_cuda_decode_workspace(const QuantCudaDecode* decode) {
   return quant::decode_workspace(*decode);
@@ -55,6 +69,17 @@ const char* quant_simulate_decode(const QuantCudaDecode* decode, int resident, i
   simulate<64, 1>(*decode, launch) || simulate<128, 1>(*decode, launch) ||
       simulate<256, 1>(*decode, launch) || simulate<64, 2>(*decode, launch) ||
       simulate<128, 2>(*decode, launch) || simulate<256, 2>(*decode, launch);
+  return reason();
+}
+
+const char* quant_simulate_prefill(const QuantCudaPrefill* prefill, int resident, int late,
+                                   unsigned seed) {
+  using namespace quant;
+  if (const int status = check(*prefill)) return refused(status);
+  const Launch launch = launch_of(resident, late, seed);
+  failure = "no kernel";
+  simulate<64>(*prefill, launch) || simulate<128>(*prefill, launch) ||
+      simulate<256>(*prefill, launch);
   return reason();
 }
 
