@@ -34,6 +34,9 @@
 // Blocks start with the last tiles: for whole prompts, the longest first. A tile's pages that all
 // rows see need no mask.
 #pragma once
+#ifndef KT
+#define KT 128
+#endif
 
 #include "attention_codes.cuh"
 #include "prefill_layout.h"
@@ -47,11 +50,16 @@ constexpr int kGroupWarps = 4;
 constexpr int kKeyWarps = 2, kValueWarps = 2;
 constexpr int kPageStages = 4;  // of unpacked pages; in pairs, see PrefillShared
 
+// Of a page of the tile, counted from its first.
+constexpr int kBacks = 8;
+QUANT_DEVICE int stage_of(int n) { return n & (kPageStages - 1); }
+QUANT_DEVICE int parity_of(int n) { return n / kPageStages & 1; }
+
 template <int kDim_>
 struct PrefillConfig {
   static constexpr int kDim = kDim_, kHalf = kDim / 2;
-  static constexpr bool kThreeStages = kDim <= 128;
-  static constexpr int kPiece = kThreeStages ? kDim : 64;  // channels of a P V
+  static constexpr bool kThreeStages = kDim <= KT;
+  static constexpr int kPiece = 64;  // channels of a P V
   static constexpr int kPieces = kDim / kPiece;
   static constexpr int kSlabs = (kDim + 127) / 128;  // of 128 bytes of a row of Q and K
   static constexpr int kSlabBytes = kGroupRows * 128;
@@ -63,11 +71,19 @@ struct PrefillConfig {
   static constexpr int kPlaneBytes = 4 * kPage * 4;
   // Of values of head_dim 64 one warp unpacks every other page.
   static constexpr int kValueArrivals = kDim == 64 ? 1 : kValueWarps;
-  static constexpr int kRowBytes = 2 * kTileQueries * 4, kBarrierBytes = 1024;
+  static constexpr int kRowBytes = 3 * kTileQueries * 4, kBarrierBytes = 1024;
   static constexpr int kSharedBytes = kQueryBytes + 2 * kPageStages * kTileBytes +
                                       kPackedStages * kPackedBytes + kPageStages * kPlaneBytes +
                                       kRowBytes + kBarrierBytes;
   static_assert(kSharedBytes <= 227 * 1024, "shared memory does not suffice");
+};
+
+// A tile of queries, and pages [begin, end) that some of its rows see.
+struct PrefillTile {
+  int sequence, head;
+  int start, tokens;   // of queries in q; tokens: up to tile_tokens, 0 where there are none
+  int first_position;  // of the first one
+  int kv_len, begin, end;
 };
 
 // Tiles have rows of 128 bytes. V^T [D, 64] fills half of them, and so does K of head_dim 64: two
@@ -77,7 +93,9 @@ struct PrefillShared {
   char *queries, *keys, *values, *packed;
   float* planes;  // [kPageStages, 4, kPage]: of K scale and offset, of V weight and offset
   float *row_sum, *row_unit;  // [kTileQueries]
-  float* back;                // [kPageStages]: from P V to O
+  int* row_position;          // [kTileQueries], of its token; -1: sees nothing
+  float* back;                // [kBacks]: from P V to O, longer than the stage of K
+  PrefillTile* tile;
   Barrier *packed_full, *packed_empty, *key_full, *key_empty, *value_full, *value_empty;
   QUANT_DEVICE explicit PrefillShared(char* base) {
     queries = base;
@@ -87,8 +105,10 @@ struct PrefillShared {
     planes = reinterpret_cast<float*>(packed + C::kPackedStages * C::kPackedBytes);
     row_sum = planes + kPageStages * 4 * kPage;
     row_unit = row_sum + kTileQueries;
-    back = row_unit + kTileQueries;
-    packed_full = reinterpret_cast<Barrier*>(back + 16);
+    row_position = reinterpret_cast<int*>(row_unit + kTileQueries);
+    back = row_unit + 2 * kTileQueries;
+    tile = reinterpret_cast<PrefillTile*>(back + kBacks);
+    packed_full = reinterpret_cast<Barrier*>(tile + 2);
     packed_empty = packed_full + C::kPackedStages;
     key_full = packed_empty + C::kPackedStages;
     key_empty = key_full + kPageStages;
@@ -103,13 +123,6 @@ struct PrefillShared {
   static QUANT_DEVICE int value_byte(int stage) { return stage % 2 * 64; }
 };
 
-// A tile of queries, and pages [begin, end) that some of its rows see.
-struct PrefillTile {
-  int sequence, head;
-  int start, tokens;   // of queries in q; tokens: up to tile_tokens, 0 where there are none
-  int first_position;  // of the first one
-  int kv_len, begin, end;
-};
 QUANT_DEVICE PrefillTile prefill_tile(const PrefillParams& params, int block) {
   const AttentionParams& p = params.shared;
   PrefillTile tile{};
@@ -179,7 +192,8 @@ struct PrefillProducer {
   QUANT_DEVICE uint32_t stored(const char* pairs, int first_key, int token) const {
     return first_key + token < tile.kv_len ? reinterpret_cast<const uint32_t*>(pairs)[token] : 0;
   }
-  QUANT_DEVICE void unpack_scales(const char* pairs, int first_key, int stage) const {
+  QUANT_DEVICE void unpack_scales(const char* pairs, int page) const {
+    const int first_key = (tile.begin + page) * kPage, stage = stage_of(page);
     const char* of_values = pairs + C::kScaleBytes;
     float largest = 0;
     QUANT_UNROLL for (int i = 0; i < 2; ++i) {
@@ -197,7 +211,7 @@ struct PrefillProducer {
     plane[kPage] = offset_of(key);
     plane[2 * kPage] = scale_of(value) * (kRangeOfP * reciprocal_of_power_of_two(z));
     plane[3 * kPage] = offset_of(value);
-    if (slot == 0) shared.back[stage] = z * (kCodeUnit / kRangeOfP);
+    if (slot == 0) shared.back[page & (kBacks - 1)] = z * (kCodeUnit / kRangeOfP);
   }
   // Four tokens of four bytes: x[i] byte j becomes x[j] byte i.
   static QUANT_DEVICE void transpose_bytes(uint32_t* x) {
@@ -212,11 +226,11 @@ struct PrefillProducer {
   QUANT_DEVICE void unpack_values(const char* codes, int stage, int round) const {
     const int word = value_word<C::kDim>(lane, round);
     char* to = shared.value_tile(stage);
-    const int byte = shared.value_byte(stage) + lane % 4 * 16;
+    const int byte = shared.value_byte(stage) + ((lane & 3) << 4);
     uint32_t x[16];
+    const char* from = codes + (lane & 3) * C::kHalf + 4 * word;  // slot 16 t + i is token 4 i + t
     QUANT_UNROLL for (int i = 0; i < 16; ++i) {
-      const int token = token_of_slot(lane % 4 * 16 + i);
-      x[i] = *reinterpret_cast<const uint32_t*>(codes + token * C::kHalf + 4 * word);
+      x[i] = *reinterpret_cast<const uint32_t*>(from + token_of_slot(i) * C::kHalf);
     }
     QUANT_UNROLL for (int i = 0; i < 16; i += 4) transpose_bytes(x + i);
     QUANT_UNROLL for (int j = 0; j < 4; ++j) {
@@ -244,24 +258,26 @@ struct PrefillProducer {
       for (int i = 0; i < C::kPackedStages - 1 && i < pages; ++i) load(i);
     }
     for (int i = 0; i < pages; ++i) {
+      forget(lane);  // there are few registers: addresses are made anew for every page
       if (warp == 0 && i + C::kPackedStages - 1 < pages) load(i + C::kPackedStages - 1);
-      const int from = i % C::kPackedStages, stage = i % kPageStages;
+      const int from = i % C::kPackedStages, stage = stage_of(i);
       const char* packed = shared.packed + from * C::kPackedBytes;
       barrier_wait(shared.packed_full + from, i / C::kPackedStages & 1);
-      barrier_wait(shared.key_empty + stage, (i / kPageStages & 1) ^ 1);
+      barrier_wait(shared.key_empty + stage, parity_of(i) ^ 1);
       unpack_keys(packed, stage);
-      unpack_scales(packed + 2 * C::kCodeBytes, (tile.begin + i) * kPage, stage);
+      unpack_scales(packed + 2 * C::kCodeBytes, i);
       pass_on(shared.key_full + stage, shared.packed_empty + from);
     }
   }
-  QUANT_DEVICE void run_values() const {
+  QUANT_DEVICE void run_values() {
     constexpr int kStep = C::kDim == 64 ? kValueWarps : 1;
     const int mine = warp - kKeyWarps, pages = tile.end - tile.begin;
     for (int i = kStep == 1 ? 0 : mine; i < pages; i += kStep) {
-      const int from = i % C::kPackedStages, stage = i % kPageStages;
+      forget(lane);
+      const int from = i % C::kPackedStages, stage = stage_of(i);
       const char* packed = shared.packed + from * C::kPackedBytes + C::kCodeBytes;
       barrier_wait(shared.packed_full + from, i / C::kPackedStages & 1);
-      barrier_wait(shared.value_empty + stage, (i / kPageStages & 1) ^ 1);
+      barrier_wait(shared.value_empty + stage, parity_of(i) ^ 1);
       if constexpr (C::kDim == 64) {
         unpack_values(packed, stage, 0);
       } else {
@@ -279,26 +295,24 @@ template <class C>
 struct PrefillConsumer {
   static constexpr int kScores = kPage / 2, kPart = C::kPiece / 2;
   using Score = float[kScores];
+  using Part = float[kPart];
   using Operand = uint32_t[2][4];  // P of 32 slots each
-  struct Step {                    // what the sum of a page needs of its softmax
-    float fade[2], back;
-  };
+  using Fade = float[2];           // of what was summed before a page
 
   const AttentionParams& p;
   const PrefillShared<C>& shared;
   const PrefillTile& tile;
   int group, thread;  // of the block, of the warpgroup
   int g, q;           // lane 4 g + q: rows g and g + 8 of the warp's 16
-  int position[2];    // of the tokens of these rows; -1: sees nothing
-  float q_sum[2], unit[2], top[2], total[2], offsets[2];
+  float top[2], total[2], offsets[2];
   float sum[C::kDim / 2];
 
   QUANT_DEVICE PrefillConsumer(const AttentionParams& p, const PrefillShared<C>& shared,
-                               const PrefillTile& tile, int thread)
+                               const PrefillTile& tile, int group, int thread)
       : p(p),
         shared(shared),
         tile(tile),
-        group(thread / 128),
+        group(group),
         thread(thread % 128),
         g(thread % 32 / 4),
         q(thread % 4) {}
@@ -329,15 +343,16 @@ struct PrefillConsumer {
     if (thread % 2 == 0) {
       const int64_t token = tile.start + row / p.ratio, head = tile.head * p.ratio + row % p.ratio;
       shared.row_sum[row] = codes;
+      shared.row_position[row] = there ? tile.first_position + row / p.ratio : -1;
       shared.row_unit[row] = there ? p.q_scale[token * p.q_scale_token + head] * p.scale : 1.0f;
     }
     fence_async();
-    group_sync(1 + group, 128);
+    if (group == 0) {
+      group_sync(1, 128);
+    } else {
+      group_sync(2, 128);
+    }
     QUANT_UNROLL for (int i = 0; i < 2; ++i) {
-      const int at = this->row(i);
-      q_sum[i] = shared.row_sum[at];
-      unit[i] = shared.row_unit[at];
-      position[i] = live(at) ? tile.first_position + at / p.ratio : -1;
       top[i] = kLowest;
       total[i] = offsets[i] = 0;
     }
@@ -346,8 +361,8 @@ struct PrefillConsumer {
 
   // --- MMAs; n counts the tile's pages ---
   QUANT_DEVICE void multiply_keys(int n, Score& score) const {
-    const int stage = n % kPageStages;
-    barrier_wait(shared.key_full + stage, n / kPageStages & 1);
+    const int stage = stage_of(n);
+    barrier_wait(shared.key_full + stage, parity_of(n));
     const Descriptor query = describe(shared.queries + group * C::kSlabs * C::kSlabBytes);
     const Descriptor key = advance(describe(shared.key_tile(stage)), shared.key_byte(stage));
     QUANT_UNROLL for (int i = 0; i < kScores; ++i) mma_operand(score[i]);
@@ -358,13 +373,11 @@ struct PrefillConsumer {
     }
     mma_commit();
   }
-  QUANT_DEVICE void multiply_values(int n, int piece, const Operand& operand,
-                                    float (&part)[kPart]) const {
-    const int stage = n % kPageStages;
-    if (piece == 0) barrier_wait(shared.value_full + stage, n / kPageStages & 1);
+  QUANT_DEVICE void multiply_values(int n, int piece, const Operand& operand, Part& part) const {
+    const int stage = stage_of(n);
+    if (piece == 0) barrier_wait(shared.value_full + stage, parity_of(n));
     const Descriptor value = advance(describe(shared.value_tile(stage)),
                                      shared.value_byte(stage) + piece * C::kPiece * 128);
-    QUANT_UNROLL for (int i = 0; i < kPart; ++i) mma_operand(part[i]);
     mma_fence();
     QUANT_UNROLL for (int step = 0; step < 2; ++step) {
       mma<E4M3, C::kPiece>(part, operand[step], advance(value, 32 * step), step > 0);
@@ -373,15 +386,21 @@ struct PrefillConsumer {
   }
   QUANT_DEVICE void give_back(Barrier* empty, int n) const {
     warp_sync();
-    if (thread % 32 == 0) barrier_arrive(empty + n % kPageStages);
+    if (thread % 32 == 0) barrier_arrive(empty + stage_of(n));
   }
+
+  // --- pages [begin, end) of the tile's, those outside [whole, whole_end) masked ---
+  struct Range {
+    int begin, end, whole, whole_end;
+    QUANT_DEVICE bool masked(int n) const { return n < whole || n >= whole_end; }
+  };
 
   // --- softmax of a page: S to P, and M, l and sums of offsets go on ---
   struct Four {
     float x[4];
   };
   QUANT_DEVICE Four plane(int n, int which, int step, int h) const {
-    const float* from = shared.planes + (n % kPageStages * 4 + which) * kPage;
+    const float* from = shared.planes + (stage_of(n) * 4 + which) * kPage;
     return *reinterpret_cast<const Four*>(from + 32 * step + 16 * h + 4 * q);
   }
   // Where slot 32 step + 16 h + 4 q + b of row i is in a thread's S.
@@ -389,17 +408,21 @@ struct PrefillConsumer {
     return 4 * (4 * step + 2 * h + b / 2) + 2 * i + b % 2;
   }
   QUANT_DEVICE void mask(int page, Score& score) const {
+    const int first = page * kPage + token_of_slot(4 * q);
     QUANT_UNROLL for (int i = 0; i < 2; ++i) {
-      const int oldest = oldest_key(position[i], p.window);
+      const int position = shared.row_position[row(i)];
+      const int newest = position - first, oldest = oldest_key(position, p.window) - first;
       QUANT_UNROLL for (int at = 0; at < 16; ++at) {
         const int step = at / 8, h = at / 4 % 2, b = at % 4;
-        const int key = page * kPage + token_of_slot(32 * step + 16 * h + 4 * q + b);
+        const int key = token_of_slot(32 * step + 16 * h + b);
         float& x = score[index(step, h, b, i)];
-        if (key > position[i] || key < oldest) x = -infinity();
+        if (key > newest || key < oldest) x = -infinity();
       }
     }
   }
-  QUANT_DEVICE void softmax(int n, bool masked, Score& score, Operand& operand, Step& step_of) {
+  QUANT_DEVICE void raise_top(int n, const Range& range, Score& score, Fade& fade) {
+    QUANT_UNROLL for (int i = 0; i < kScores; ++i) mma_operand(score[i]);
+    const float q_sum[2] = {shared.row_sum[row(0)], shared.row_sum[row(1)]};
     QUANT_UNROLL for (int at = 0; at < 4; ++at) {
       const Four scale = plane(n, 0, at / 2, at % 2), offset = plane(n, 1, at / 2, at % 2);
       QUANT_UNROLL for (int b = 0; b < 4; ++b) {
@@ -409,7 +432,7 @@ struct PrefillConsumer {
         }
       }
     }
-    if (masked) mask(tile.begin + n, score);
+    if (range.masked(n)) mask(tile.begin + n, score);
     QUANT_UNROLL for (int i = 0; i < 2; ++i) {
       float largest = score[2 * i];
       QUANT_UNROLL for (int at = 1; at < 16; ++at) {
@@ -417,13 +440,15 @@ struct PrefillConsumer {
       }
       largest = fmaxf(largest, shuffle_xor(largest, 1));
       largest = fmaxf(largest, shuffle_xor(largest, 2));
-      const float now = fmaxf(top[i], ceilf(largest * unit[i]));
-      step_of.fade[i] = exponential2(top[i] - now);
+      const float now = fmaxf(top[i], ceilf(largest * shared.row_unit[row(i)]));
+      fade[i] = exponential2(top[i] - now);
       top[i] = now;
-      total[i] *= step_of.fade[i];
-      offsets[i] *= step_of.fade[i];
+      total[i] *= fade[i];
+      offsets[i] *= fade[i];
     }
-    step_of.back = shared.back[n % kPageStages];
+  }
+  QUANT_DEVICE void exponentiate(int n, const Score& score, Operand& operand) {
+    const float unit[2] = {shared.row_unit[row(0)], shared.row_unit[row(1)]};
     QUANT_UNROLL for (int at = 0; at < 4; ++at) {
       const Four weight = plane(n, 2, at / 2, at % 2), offset = plane(n, 3, at / 2, at % 2);
       QUANT_UNROLL for (int i = 0; i < 2; ++i) {
@@ -443,108 +468,102 @@ struct PrefillConsumer {
     }
     give_back(shared.key_empty, n);
   }
-  QUANT_DEVICE void add(const Step& step, int piece, const float (&part)[kPart]) {
+  QUANT_DEVICE void add(int n, int piece, const Fade& fade, Part& part) {
+    QUANT_UNROLL for (int i = 0; i < kPart; ++i) mma_operand(part[i]);
     float* to = sum + piece * kPart;
-    if (any_of_warp(step.fade[0] != 1 || step.fade[1] != 1)) {
-      QUANT_UNROLL for (int i = 0; i < kPart; ++i) to[i] *= step.fade[i / 2 % 2];
+    const float back = shared.back[n & (kBacks - 1)];
+    if (any_of_warp(fade[0] != 1 || fade[1] != 1)) {
+      QUANT_UNROLL for (int i = 0; i < kPart; ++i) to[i] *= fade[i / 2 % 2];
     }
-    QUANT_UNROLL for (int i = 0; i < kPart; ++i) to[i] += part[i] * step.back;
+    QUANT_UNROLL for (int i = 0; i < kPart; ++i) to[i] += part[i] * back;
+  }
+  // From piece `first` on, one after the other.
+  QUANT_DEVICE void add_pieces(int n, int first, const Operand& operand, const Fade& fade,
+                               Part& part) {
+    QUANT_UNROLL for (int piece = 0; piece < C::kPieces; ++piece) {
+      if (piece < first) continue;
+      multiply_values(n, piece, operand, part);
+      mma_wait<0>();
+      add(n, piece, fade, part);
+    }
+    give_back(shared.value_empty, n);
   }
 
-  // --- pages [begin, end) of the tile's, those outside [whole, whole_end) masked ---
-  struct Range {
-    int begin, end, whole, whole_end;
-    QUANT_DEVICE bool masked(int n) const { return n < whole || n >= whole_end; }
-  };
   struct Registers {  // of one of two pages that follow each other
     Score score;
     Operand operand;
-    Step step;
+    Fade fade;
   };
-  // Page n begins, `before` (n - 1) becomes P, page n - 2, which has the registers of n, is added.
+  // Page n begins (there is none where kEnds), `before` (n - 1) becomes P, and page n - 2, which
+  // has the registers of n, is added.
+  template <bool kEnds>
   QUANT_DEVICE void advance_pages(int n, const Range& range, Registers& mine, Registers& before,
-                                  float (&part)[kPart]) {
+                                  Part& part) {
+    constexpr int kNew = kEnds ? 0 : 1;  // groups behind those of P V
     multiply_values(n - 2, 0, mine.operand, part);
-    multiply_keys(n, mine.score);
-    mma_wait<2>();
-    const Step step = mine.step;
-    softmax(n - 1, range.masked(n - 1), before.score, before.operand, before.step);
-    mma_wait<1>();
+    if constexpr (!kEnds) multiply_keys(n, mine.score);
+    mma_wait<1 + kNew>();
+    raise_top(n - 1, range, before.score, before.fade);
+    if constexpr (C::kPieces == 2) {
+      mma_wait<kNew>();
+      add(n - 2, 0, mine.fade, part);
+      multiply_values(n - 2, 1, mine.operand, part);
+    }
+    exponentiate(n - 1, before.score, before.operand);
+    mma_wait<C::kPieces == 2 ? 0 : kNew>();
+    add(n - 2, C::kPieces - 1, mine.fade, part);
     give_back(shared.value_empty, n - 2);
-    add(step, 0, part);
-  }
-  // The last page, n - 1, whose Q K is in flight; n - 2 is P.
-  QUANT_DEVICE void finish_pages(int n, const Range& range, Registers& mine, Registers& before,
-                                 float (&part)[kPart]) {
-    multiply_values(n - 2, 0, mine.operand, part);
-    mma_wait<1>();
-    softmax(n - 1, range.masked(n - 1), before.score, before.operand, before.step);
-    mma_wait<0>();
-    give_back(shared.value_empty, n - 2);
-    add(mine.step, 0, part);
-    finish_page(n - 1, before, part);
-  }
-  QUANT_DEVICE void finish_page(int n, const Registers& of, float (&part)[kPart]) {
-    multiply_values(n, 0, of.operand, part);
-    mma_wait<0>();
-    give_back(shared.value_empty, n);
-    add(of.step, 0, part);
   }
   QUANT_DEVICE void three_stages(const Range& range) {
     Registers even, odd;
-    float part[kPart];
+    Part part;
     multiply_keys(range.begin, even.score);
+    mma_wait<0>();
+    raise_top(range.begin, range, even.score, even.fade);
+    exponentiate(range.begin, even.score, even.operand);
     if (range.end - range.begin == 1) {
-      mma_wait<0>();
-      softmax(range.begin, range.masked(range.begin), even.score, even.operand, even.step);
-      finish_page(range.begin, even, part);
+      add_pieces(range.begin, 0, even.operand, even.fade, part);
       return;
     }
     multiply_keys(range.begin + 1, odd.score);
-    mma_wait<1>();
-    softmax(range.begin, range.masked(range.begin), even.score, even.operand, even.step);
     int n = range.begin + 2;
     for (; n + 1 < range.end; n += 2) {
-      advance_pages(n, range, even, odd, part);
-      advance_pages(n + 1, range, odd, even, part);
+      advance_pages<false>(n, range, even, odd, part);
+      advance_pages<false>(n + 1, range, odd, even, part);
     }
     if (n < range.end) {
-      advance_pages(n, range, even, odd, part);
-      finish_pages(n + 1, range, odd, even, part);
+      advance_pages<false>(n, range, even, odd, part);
+      advance_pages<true>(n + 1, range, odd, even, part);
+      add_pieces(n, 0, even.operand, even.fade, part);
     } else {
-      finish_pages(n, range, even, odd, part);
+      advance_pages<true>(n, range, even, odd, part);
+      add_pieces(n - 1, 0, odd.operand, odd.fade, part);
     }
-  }
-
-  QUANT_DEVICE void add_pieces(int n, const Operand& operand, const Step& step,
-                               float (&part)[kPart]) {
-    QUANT_UNROLL for (int piece = 0; piece < C::kPieces; ++piece) {
-      multiply_values(n, piece, operand, part);
-      mma_wait<0>();
-      add(step, piece, part);
-    }
-    give_back(shared.value_empty, n);
   }
   QUANT_DEVICE void two_stages(const Range& range) {
-    Registers page;
-    float part[kPart];
-    multiply_keys(range.begin, page.score);
+    Score score;
+    Operand operand;
+    Fade fade;
+    Part part;
+    multiply_keys(range.begin, score);
     mma_wait<0>();
     for (int n = range.begin; n + 1 < range.end; ++n) {
-      softmax(n, range.masked(n), page.score, page.operand, page.step);
-      multiply_keys(n + 1, page.score);
-      add_pieces(n, page.operand, page.step, part);
+      raise_top(n, range, score, fade);
+      exponentiate(n, score, operand);
+      multiply_keys(n + 1, score);
+      add_pieces(n, 0, operand, fade, part);
     }
     const int last = range.end - 1;
-    softmax(last, range.masked(last), page.score, page.operand, page.step);
-    add_pieces(last, page.operand, page.step, part);
+    raise_top(last, range, score, fade);
+    exponentiate(last, score, operand);
+    add_pieces(last, 0, operand, fade, part);
   }
 
   // Pages of the tile that no row of this warpgroup sees.
   QUANT_DEVICE void skip(int begin, int end) const {
     for (int n = begin; n < end; ++n) {
-      barrier_wait(shared.key_full + n % kPageStages, n / kPageStages & 1);
-      barrier_wait(shared.value_full + n % kPageStages, n / kPageStages & 1);
+      barrier_wait(shared.key_full + stage_of(n), parity_of(n));
+      barrier_wait(shared.value_full + stage_of(n), parity_of(n));
       give_back(shared.key_empty, n);
       give_back(shared.value_empty, n);
     }
@@ -630,22 +649,25 @@ template <class C>
 QUANT_DEVICE void prefill_body(const PrefillParams& params) {
   const PrefillShared<C> shared(shared_memory());
   previous_kernel_wait();
-  const PrefillTile tile = prefill_tile(params, block_index());
-  if (tile.tokens == 0) return;
-  if (thread_index() == 0) init_barriers<C>(shared);
+  if (thread_index() == 0) {
+    *shared.tile = prefill_tile(params, block_index());
+    init_barriers<C>(shared);
+  }
   block_sync();
-  const int warp = warp_index() - kPrefillConsumers / 32;
-  if (warp >= 0) {
+  const PrefillTile& tile = *shared.tile;
+  if (tile.tokens == 0) return;
+  const int warp = warp_index(), producer_warp = warp - kPrefillConsumers / 32;
+  if (producer_warp >= 0) {
     registers_shrink<40>();
-    PrefillProducer<C> producer{params.shared, shared, tile, warp, thread_index() % 32, 0};
-    if (warp < kKeyWarps) {
+    PrefillProducer<C> producer{params.shared, shared, tile, producer_warp, thread_index() % 32, 0};
+    if (producer_warp < kKeyWarps) {
       producer.run_keys();
     } else {
       producer.run_values();
     }
   } else {
     registers_grow<232>();
-    PrefillConsumer<C>(params.shared, shared, tile, thread_index()).run();
+    PrefillConsumer<C>(params.shared, shared, tile, warp / kGroupWarps, thread_index()).run();
   }
 }
 

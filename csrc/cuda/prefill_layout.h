@@ -1,4 +1,5 @@
-// Where the tokens and channels of a page lie in shared memory. Pure integers, for host and device.
+// Where the tokens and channels of a page lie in shared memory. Pure integers, for host and
+// device; bits and not quotients, since the compiler does not know that they are not negative.
 //
 // The accumulator of S [64, 64] gives a thread, q = lane % 4, columns 8 i + 2 q + e of two rows;
 // as P they must be the A fragment of an 8-bit MMA, where it holds k = 16 h + 4 q + b of every 32.
@@ -16,11 +17,11 @@
 
 namespace quant {
 
-QUANT_BOTH int token_of_slot(int slot) { return slot % 16 * 4 + slot / 16; }
-QUANT_BOTH int slot_of_token(int token) { return token % 4 * 16 + token / 4; }
+QUANT_BOTH int token_of_slot(int slot) { return (slot & 15) << 2 | slot >> 4; }
+QUANT_BOTH int slot_of_token(int token) { return (token & 3) << 4 | token >> 2; }
 QUANT_BOTH int column_of_slot(int slot) {
-  const int h = slot / 16 % 2, q = slot / 4 % 4, b = slot % 4;
-  return slot / 32 * 32 + 8 * (2 * h + b / 2) + 2 * q + b % 2;
+  const int h = slot >> 4 & 1, q = slot >> 2 & 3, b = slot & 3;
+  return (slot & 32) | h << 4 | (b >> 1) << 3 | q << 1 | (b & 1);
 }
 // Of a byte in a tile of rows of 128 bytes, as MMAs read it (eight rows are 1024 bytes).
 QUANT_BOTH int swizzled_place(int row, int byte) { return row * 128 + (byte ^ (row & 7) << 4); }
@@ -32,10 +33,10 @@ struct KeyChunk {
 };
 template <int kDim>
 QUANT_BOTH KeyChunk key_chunk(int index) {
-  constexpr int kChunks = kDim / 32;  // of a token
+  constexpr int kBits = kDim == 64 ? 1 : kDim == 128 ? 2 : 3;  // of the chunk of a token
   constexpr int kApart = kDim == 64 ? 17 : 33;
-  const int group = index / 8, within = index % 8;
-  return {group ^ within / kChunks * kApart, within % kChunks};
+  const int group = index >> 3, within = index & 7;
+  return {group ^ (within >> kBits) * kApart, within & ((1 << kBits) - 1)};
 }
 
 // Of those that transpose values: lane % 4 says which 16 slots, and a word of four bytes is read of
@@ -43,7 +44,7 @@ QUANT_BOTH KeyChunk key_chunk(int index) {
 template <int kDim>
 QUANT_BOTH int value_word(int lane, int round) {
   constexpr int kRounds = kDim / 64;
-  return lane / 4 + 8 * ((round + lane % 4 * kRounds / 4) % kRounds);
+  return lane >> 2 | ((round + ((lane & 3) * kRounds >> 2)) & (kRounds - 1)) << 3;
 }
 
 }  // namespace quant

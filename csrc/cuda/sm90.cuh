@@ -169,6 +169,8 @@ QUANT_DEVICE void flag_wait(const uint32_t* flag, uint32_t value) {
 }
 // Past the L1, which may hold what another block has since written over.
 QUANT_DEVICE uint4 load_l2(const uint4* from) { return __ldcg(from); }
+// The compiler takes x for another number from here on: it does not keep what it has made of it.
+QUANT_DEVICE void forget(int& x) { asm volatile("" : "+r"(x)); }
 // Registers of a thread of this warpgroup from here on; a multiple of 8.
 template <int kCount>
 QUANT_DEVICE void registers_grow() {
