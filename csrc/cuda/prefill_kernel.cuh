@@ -34,9 +34,6 @@
 // Blocks start with the last tiles: for whole prompts, the longest first. A tile's pages that all
 // rows see need no mask.
 #pragma once
-#ifndef KT
-#define KT 128
-#endif
 
 #include "attention_codes.cuh"
 #include "prefill_layout.h"
@@ -58,7 +55,7 @@ QUANT_DEVICE int parity_of(int n) { return n / kPageStages & 1; }
 template <int kDim_>
 struct PrefillConfig {
   static constexpr int kDim = kDim_, kHalf = kDim / 2;
-  static constexpr bool kThreeStages = kDim <= KT;
+  static constexpr bool kThreeStages = kDim <= 128;
   static constexpr int kPiece = 64;  // channels of a P V
   static constexpr int kPieces = kDim / kPiece;
   static constexpr int kSlabs = (kDim + 127) / 128;  // of 128 bytes of a row of Q and K
@@ -420,18 +417,20 @@ struct PrefillConsumer {
       }
     }
   }
-  QUANT_DEVICE void raise_top(int n, const Range& range, Score& score, Fade& fade) {
-    QUANT_UNROLL for (int i = 0; i < kScores; ++i) mma_operand(score[i]);
+  QUANT_DEVICE void scale(int n, Score& product, Score& score) const {
+    QUANT_UNROLL for (int i = 0; i < kScores; ++i) mma_operand(product[i]);
     const float q_sum[2] = {shared.row_sum[row(0)], shared.row_sum[row(1)]};
     QUANT_UNROLL for (int at = 0; at < 4; ++at) {
       const Four scale = plane(n, 0, at / 2, at % 2), offset = plane(n, 1, at / 2, at % 2);
       QUANT_UNROLL for (int b = 0; b < 4; ++b) {
         QUANT_UNROLL for (int i = 0; i < 2; ++i) {
-          float& x = score[index(at / 2, at % 2, b, i)];
-          x = x * scale.x[b] + q_sum[i] * offset.x[b];
+          const int j = index(at / 2, at % 2, b, i);
+          score[j] = product[j] * scale.x[b] + q_sum[i] * offset.x[b];
         }
       }
     }
+  }
+  QUANT_DEVICE void raise_top(int n, const Range& range, Score& score, Fade& fade) {
     if (range.masked(n)) mask(tile.begin + n, score);
     QUANT_UNROLL for (int i = 0; i < 2; ++i) {
       float largest = score[2 * i];
@@ -489,57 +488,52 @@ struct PrefillConsumer {
     give_back(shared.value_empty, n);
   }
 
-  struct Registers {  // of one of two pages that follow each other
-    Score score;
+  struct Pipeline {
+    Score product, score;  // Q K of a page; what the page before it has become
     Operand operand;
     Fade fade;
+    Part part;
   };
-  // Page n begins (there is none where kEnds), `before` (n - 1) becomes P, and page n - 2, which
-  // has the registers of n, is added.
+  // Page n begins (there is none where kEnds), n - 1 becomes P, and n - 2 is added.
   template <bool kEnds>
-  QUANT_DEVICE void advance_pages(int n, const Range& range, Registers& mine, Registers& before,
-                                  Part& part) {
-    constexpr int kNew = kEnds ? 0 : 1;  // groups behind those of P V
-    multiply_values(n - 2, 0, mine.operand, part);
-    if constexpr (!kEnds) multiply_keys(n, mine.score);
-    mma_wait<1 + kNew>();
-    raise_top(n - 1, range, before.score, before.fade);
+  QUANT_DEVICE void advance_pages(int n, const Range& range, Pipeline& r) {
+    Fade fade;
+    multiply_values(n - 2, 0, r.operand, r.part);
+    scale(n - 1, r.product, r.score);
     if constexpr (C::kPieces == 2) {
-      mma_wait<kNew>();
-      add(n - 2, 0, mine.fade, part);
-      multiply_values(n - 2, 1, mine.operand, part);
+      mma_wait<0>();
+      add(n - 2, 0, r.fade, r.part);
+      multiply_values(n - 2, 1, r.operand, r.part);
     }
-    exponentiate(n - 1, before.score, before.operand);
-    mma_wait<C::kPieces == 2 ? 0 : kNew>();
-    add(n - 2, C::kPieces - 1, mine.fade, part);
+    if constexpr (!kEnds) multiply_keys(n, r.product);
+    raise_top(n - 1, range, r.score, fade);
+    mma_wait<kEnds ? 0 : 1>();
+    add(n - 2, C::kPieces - 1, r.fade, r.part);
     give_back(shared.value_empty, n - 2);
+    exponentiate(n - 1, r.score, r.operand);
+    r.fade[0] = fade[0];
+    r.fade[1] = fade[1];
+    mma_wait<0>();
   }
   QUANT_DEVICE void three_stages(const Range& range) {
-    Registers even, odd;
-    Part part;
-    multiply_keys(range.begin, even.score);
+    Pipeline r;
+    QUANT_UNROLL for (int i = 0; i < kScores; ++i) r.product[i] = 0;
+    QUANT_UNROLL for (int i = 0; i < kPart; ++i) r.part[i] = 0;
+    multiply_keys(range.begin, r.product);
     mma_wait<0>();
-    raise_top(range.begin, range, even.score, even.fade);
-    exponentiate(range.begin, even.score, even.operand);
-    if (range.end - range.begin == 1) {
-      add_pieces(range.begin, 0, even.operand, even.fade, part);
-      return;
+    scale(range.begin, r.product, r.score);
+    raise_top(range.begin, range, r.score, r.fade);
+    exponentiate(range.begin, r.score, r.operand);
+    const int second = range.begin + 1;
+    if (second < range.end) {
+      multiply_keys(second, r.product);
+      mma_wait<0>();
+      for (int n = second + 1; n < range.end; ++n) advance_pages<false>(n, range, r);
+      advance_pages<true>(range.end, range, r);
     }
-    multiply_keys(range.begin + 1, odd.score);
-    int n = range.begin + 2;
-    for (; n + 1 < range.end; n += 2) {
-      advance_pages<false>(n, range, even, odd, part);
-      advance_pages<false>(n + 1, range, odd, even, part);
-    }
-    if (n < range.end) {
-      advance_pages<false>(n, range, even, odd, part);
-      advance_pages<true>(n + 1, range, odd, even, part);
-      add_pieces(n, 0, even.operand, even.fade, part);
-    } else {
-      advance_pages<true>(n, range, even, odd, part);
-      add_pieces(n - 1, 0, odd.operand, odd.fade, part);
-    }
+    add_pieces(range.end - 1, 0, r.operand, r.fade, r.part);
   }
+  // The same with one S: P V of a page beside Q K of the next.
   QUANT_DEVICE void two_stages(const Range& range) {
     Score score;
     Operand operand;
@@ -547,16 +541,13 @@ struct PrefillConsumer {
     Part part;
     multiply_keys(range.begin, score);
     mma_wait<0>();
-    for (int n = range.begin; n + 1 < range.end; ++n) {
+    for (int n = range.begin; n < range.end; ++n) {
+      scale(n, score, score);
       raise_top(n, range, score, fade);
       exponentiate(n, score, operand);
-      multiply_keys(n + 1, score);
+      if (n + 1 < range.end) multiply_keys(n + 1, score);
       add_pieces(n, 0, operand, fade, part);
     }
-    const int last = range.end - 1;
-    raise_top(last, range, score, fade);
-    exponentiate(last, score, operand);
-    add_pieces(last, 0, operand, fade, part);
   }
 
   // Pages of the tile that no row of this warpgroup sees.
