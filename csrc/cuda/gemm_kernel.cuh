@@ -193,6 +193,7 @@ struct Consumer {
   QUANT_DEVICE void convert(Operands& to) const {
     const int half = 2 * ring.stage + warpgroup();
     const auto* words = reinterpret_cast<const uint4*>(shared.codes + half * kFragmentBytes);
+    const uint4 halves[2] = {words[thread % 128], words[128 + thread % 128]};
     const char* scales = shared.scales + half * C::kScaleBytes;
     QUANT_UNROLL for (int group = 0; group < C::kGroups; ++group) {
       constexpr int kStepsOfGroup = C::kGroup / 32;
@@ -211,7 +212,7 @@ struct Consumer {
         }
         QUANT_UNROLL for (int step = group * kStepsOfGroup; step < (group + 1) * kStepsOfGroup;
                           ++step) {
-          const uint4 four = words[step / 2 * 128 + thread % 128];
+          const uint4& four = halves[step / 2];
           const uint32_t word =
               step % 2 == 0 ? (i == 0 ? four.x : four.y) : (i == 0 ? four.z : four.w);
           uint32_t &low = to.a[step][i], &high = to.a[step][i + 2];

@@ -8,6 +8,7 @@
 namespace quant {
 
 constexpr int64_t kMostTokens = int64_t{1} << 24, kMostRows = 1 << 24, kMostColumns = 1 << 20;
+constexpr int kMostWorkers = 160;  // multiprocessors, and more than any Hopper has
 
 // Kinds without groups are listed at 128. Sums of exact take a second accumulator, so 128 tokens
 // at most; clusters share a wide tile of X.
@@ -42,14 +43,15 @@ inline int check(const QuantCudaGemm& g) {
   const auto type = [](int value) { return value >= QUANT_CUDA_FP32 && value <= QUANT_CUDA_FP16; };
   if (!type(g.out_type) || !type(g.bias_type) || !type(g.residual_type))
     return QUANT_CUDA_BAD_SHAPE;
-  if (g.workers < 1 || (g.split && (g.cluster != 1 || g.tile_tokens > 128))) {
+  if (g.workers < 1 || g.workers > kMostWorkers ||
+      (g.split && (g.cluster != 1 || g.tile_tokens > 128))) {
     return QUANT_CUDA_NO_KERNEL;
   }
   const bool grouped = g.kind == QUANT_CUDA_INT8_GROUP || g.kind >= QUANT_CUDA_LUT;
   if (!g.x || !g.x_scale || !g.codes || (grouped && !g.t) || !g.c || !g.out) {
     return QUANT_CUDA_NULL_POINTER;
   }
-  if (g.split && (!g.workspace || !g.flags)) return QUANT_CUDA_NULL_POINTER;
+  if (g.split && !g.workspace) return QUANT_CUDA_NULL_POINTER;
   if (!aligned(g.x, 16) || g.x_stride % 16 != 0 || g.x_stride < g.columns ||
       !aligned(g.codes, 16) || (grouped && !aligned(g.t, 16)) || !aligned(g.workspace, 16)) {
     return QUANT_CUDA_BAD_ALIGNMENT;
@@ -58,7 +60,7 @@ inline int check(const QuantCudaGemm& g) {
 }
 
 // After `check`. Rows come in fours, aligned, where every address and stride allows it.
-inline GemmParams plan(const QuantCudaGemm& g) {
+inline GemmParams plan(const QuantCudaGemm& g, uint32_t* flags) {
   constexpr int64_t kSizes[] = {4, 2, 2};
   const int64_t outputs = g.silu_mul ? g.rows / 2 : g.rows;
   const auto fours = [&](const void* pointer, int type, int64_t stride) {
@@ -94,7 +96,7 @@ inline GemmParams plan(const QuantCudaGemm& g) {
   }
   if (!g.split && p.schedule.workers > p.schedule.tiles()) p.schedule.workers = p.schedule.tiles();
   p.partials = g.workspace;
-  p.flags = g.flags;
+  p.flags = flags;
   return p;
 }
 

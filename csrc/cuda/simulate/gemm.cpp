@@ -1,5 +1,4 @@
 // The GEMM kernels in the simulator, behind a C ABI for tests.
-#include <cstdio>
 #include <string>
 
 #include "gemm_kernel.cuh"
@@ -9,6 +8,7 @@ namespace quant {
 namespace {
 
 std::string failure;
+uint32_t* flags;
 
 template <Kind kKind, int kGroup, int kTokens, int kCluster>
 bool simulate(const QuantCudaGemm& g, Launch launch) {
@@ -19,7 +19,7 @@ bool simulate(const QuantCudaGemm& g, Launch launch) {
       return false;
     }
     using C = Config<kKind, kGroup, kTokens, kCluster>;
-    const GemmParams p = plan(g);
+    const GemmParams p = plan(g, flags);
     const TensorMap x{static_cast<const uint8_t*>(g.x),
                       g.columns,
                       g.tokens,
@@ -57,8 +57,10 @@ extern "C" {
 int quant_cuda_gemm_check(const QuantCudaGemm* gemm) { return quant::check(*gemm); }
 
 // Null where all threads ended, or what went wrong; a status of the check as "status N".
-const char* quant_simulate_gemm(const QuantCudaGemm* gemm, int resident, int late, unsigned seed) {
+const char* quant_simulate_gemm(const QuantCudaGemm* gemm, uint32_t* zeros, int resident, int late,
+                                unsigned seed) {
   using namespace quant;
+  flags = zeros;
   if (const int status = check(*gemm)) {
     failure = "status " + std::to_string(status);
     return failure.c_str();
