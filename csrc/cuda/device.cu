@@ -6,8 +6,9 @@
 #include <unordered_map>
 #include <utility>
 
-#include "device.h"
-#include "gemm_plan.h"
+#include "cuda/device.h"
+#include "cuda/gemm_plan.h"
+#include "cuda/status.h"
 #include "quant_cuda.h"
 
 namespace quant {
@@ -44,20 +45,6 @@ class Rows {
 };
 
 }  // namespace
-
-// CUDA has one code for "there is no driver" and "the driver is older than this runtime": people
-// need to know which.
-int explain(cudaError_t error) {
-  if (error == cudaSuccess) return QUANT_CUDA_OK;
-  cudaGetLastError();  // reported here; a later call must not find it again
-  if (error == cudaErrorNoDevice) return QUANT_CUDA_NO_DEVICE;
-  if (error == cudaErrorInsufficientDriver) {
-    int driver = 0;
-    cudaDriverGetVersion(&driver);
-    return driver == 0 ? QUANT_CUDA_NO_DRIVER : QUANT_CUDA_DRIVER_TOO_OLD;
-  }
-  return static_cast<int>(error);
-}
 
 OnDevice::OnDevice(int device) {
   int current = 0;
@@ -145,20 +132,16 @@ int launch(const void* kernel, int blocks, int threads, int cluster, int shared_
 
 using quant::explain;
 
+static_assert(QUANT_CUDA_NO_DRIVER == quant::kNoDriver &&
+              QUANT_CUDA_DRIVER_TOO_OLD == quant::kDriverTooOld &&
+              QUANT_CUDA_NO_DEVICE == quant::kNoDevice);
+
 int quant_cuda_abi_version(void) { return QUANT_CUDA_ABI_VERSION; }
 
 const char* quant_cuda_error_string(int status) {
   switch (status) {
-    case QUANT_CUDA_OK:
-      return "no error";
     case QUANT_CUDA_NULL_POINTER:
       return "a pointer is null";
-    case QUANT_CUDA_NO_DRIVER:
-      return "there is no NVIDIA driver";
-    case QUANT_CUDA_DRIVER_TOO_OLD:
-      return "the NVIDIA driver is older than the CUDA runtime that this library was built with";
-    case QUANT_CUDA_NO_DEVICE:
-      return "there is an NVIDIA driver, but no visible GPU";
     case QUANT_CUDA_BAD_SHAPE:
       return "no kernel takes this shape or these types";
     case QUANT_CUDA_BAD_ALIGNMENT:
@@ -172,7 +155,7 @@ const char* quant_cuda_error_string(int status) {
     case QUANT_CUDA_TENSOR_MAP:
       return "the driver made no tensor map of the activations";
     default:
-      return status < 0 ? "unknown status" : cudaGetErrorString(static_cast<cudaError_t>(status));
+      return quant::sentence(status);
   }
 }
 

@@ -9,9 +9,6 @@
 
 namespace quant {
 
-// A CUDA error as a status of quant_cuda.h.
-int explain(cudaError_t error);
-
 // Makes `device` the current one while it lives.
 class OnDevice {
  public:

@@ -1,7 +1,7 @@
 // The GEMM kernels of one kind, QUANT_KIND: this file is compiled once for each.
-#include "gemm_kernel.cuh"
-#include "gemm_launch.h"
-#include "gemm_plan.h"
+#include "cuda/gemm_kernel.cuh"
+#include "cuda/gemm_launch.h"
+#include "cuda/gemm_plan.h"
 
 namespace quant {
 namespace {

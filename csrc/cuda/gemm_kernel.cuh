@@ -26,9 +26,9 @@
 // meet in the L2, in the order of K.
 #pragma once
 
-#include "convert.cuh"
-#include "gemm_params.h"
-#include "rows.cuh"
+#include "cuda/convert.cuh"
+#include "cuda/gemm_params.h"
+#include "cuda/rows.cuh"
 
 namespace quant {
 

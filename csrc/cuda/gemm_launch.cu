@@ -1,6 +1,6 @@
-#include "device.h"
-#include "gemm_launch.h"
-#include "gemm_plan.h"
+#include "cuda/device.h"
+#include "cuda/gemm_launch.h"
+#include "cuda/gemm_plan.h"
 #include "quant_cuda.h"
 
 namespace quant {

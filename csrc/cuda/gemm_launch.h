@@ -1,7 +1,7 @@
 // From a kind, group, tile and cluster to the kernel: gemm.cu has those of one kind.
 #pragma once
 
-#include "gemm_params.h"
+#include "cuda/gemm_params.h"
 
 namespace quant {
 

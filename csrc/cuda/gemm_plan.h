@@ -2,7 +2,7 @@
 // GPU.
 #pragma once
 
-#include "gemm_params.h"
+#include "cuda/gemm_params.h"
 #include "quant_cuda.h"
 
 namespace quant {

@@ -1,8 +1,8 @@
 // The GEMM kernels in the simulator, behind a C ABI for tests.
 #include <string>
 
-#include "gemm_kernel.cuh"
-#include "gemm_plan.h"
+#include "cuda/gemm_kernel.cuh"
+#include "cuda/gemm_plan.h"
 
 namespace quant {
 namespace {
