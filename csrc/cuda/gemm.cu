@@ -19,8 +19,8 @@ template <Kind kKind, int kGroup>
 const void* of_group(int group, int tokens, int cluster) {
   for (const auto find :
        {kernel<kKind, kGroup, 16, 1>, kernel<kKind, kGroup, 32, 1>, kernel<kKind, kGroup, 64, 1>,
-        kernel<kKind, kGroup, 128, 1>, kernel<kKind, kGroup, 128, 2>, kernel<kKind, kGroup, 256, 1>,
-        kernel<kKind, kGroup, 256, 2>}) {
+        kernel<kKind, kGroup, 64, 2>, kernel<kKind, kGroup, 128, 1>, kernel<kKind, kGroup, 128, 2>,
+        kernel<kKind, kGroup, 256, 1>, kernel<kKind, kGroup, 256, 2>}) {
     if (const void* found = find(group, tokens, cluster)) return found;
   }
   return nullptr;

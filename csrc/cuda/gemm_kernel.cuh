@@ -342,8 +342,9 @@ struct Consumer {
   }
 
   // --- sums of split tiles ---
+  QUANT_DEVICE int slot(int worker) const { return worker * C::kCluster + rank; }
   QUANT_DEVICE uint4* partial(int worker) const {
-    return reinterpret_cast<uint4*>(p.partials) + int64_t{1} * worker * (kSums / 4) * kConsumers +
+    return static_cast<uint4*>(p.partials) + int64_t{1} * slot(worker) * (kSums / 4) * kConsumers +
            thread;
   }
   QUANT_DEVICE void publish(int worker) const {
@@ -353,12 +354,12 @@ struct Consumer {
     }
     fence_global();
     group_sync(1, kConsumers);
-    if (thread == 0) flag_set(p.flags + worker, 1);
+    if (thread == 0) flag_set(p.flags + slot(worker), 1);
   }
   // What the workers before this one have of its tile, and then its own.
   QUANT_DEVICE void collect(int first, int worker) {
     if (thread == 0) {
-      for (int other = first; other < worker; ++other) flag_wait(p.flags + other, 1);
+      for (int other = first; other < worker; ++other) flag_wait(p.flags + slot(other), 1);
     }
     group_sync(1, kConsumers);
     QUANT_UNROLL for (int i = 0; i < kSums / 4; ++i) {
@@ -372,7 +373,7 @@ struct Consumer {
     }
     group_sync(1, kConsumers);
     if (thread == 0) {  // for the next launch
-      for (int other = first; other < worker; ++other) flag_set(p.flags + other, 0);
+      for (int other = first; other < worker; ++other) flag_set(p.flags + slot(other), 0);
     }
   }
 

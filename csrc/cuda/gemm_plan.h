@@ -8,10 +8,10 @@
 namespace quant {
 
 constexpr int64_t kMostTokens = int64_t{1} << 24, kMostRows = 1 << 24, kMostColumns = 1 << 20;
-constexpr int kMostWorkers = 160;  // multiprocessors, and more than any Hopper has
+constexpr int kMostWorkers = 160;  // blocks of a launch: Hoppers have 132 multiprocessors at most
 
 // Kinds without groups are listed at 128. Sums of exact take a second accumulator, so 128 tokens
-// at most; clusters share a wide tile of X.
+// at most; clusters share X, which is worth it from 64 tokens on.
 constexpr bool has_kernel(int kind, int group, int tokens, int cluster) {
   const bool known = kind >= 0 && kind < kKinds;
   const bool grouped = kind == QUANT_CUDA_INT8_GROUP || kind >= QUANT_CUDA_LUT;
@@ -20,7 +20,8 @@ constexpr bool has_kernel(int kind, int group, int tokens, int cluster) {
   const bool of_group = group == 128 || (grouped && (group == 64 || group == 32));
   const bool of_tokens =
       tokens == 16 || tokens == 32 || tokens == 64 || tokens == 128 || tokens == 256;
-  const bool of_cluster = cluster == 1 || (cluster == 2 && tokens == widest);
+  const bool of_cluster =
+      cluster == 1 || (cluster == 2 && (tokens == widest || (group == 128 && tokens >= 64)));
   return known && of_group && of_tokens && tokens <= widest && of_cluster;
 }
 
@@ -29,7 +30,7 @@ inline bool aligned(const void* pointer, int64_t bytes) {
   return reinterpret_cast<uintptr_t>(pointer) % static_cast<uintptr_t>(bytes) == 0;
 }
 inline int64_t partial_bytes(const QuantCudaGemm& g) {
-  return g.split ? int64_t{4} * g.workers * kTileRows * g.tile_tokens : 0;
+  return g.split ? int64_t{4} * g.workers * g.cluster * kTileRows * g.tile_tokens : 0;
 }
 
 inline int check(const QuantCudaGemm& g) {
@@ -43,10 +44,8 @@ inline int check(const QuantCudaGemm& g) {
   const auto type = [](int value) { return value >= QUANT_CUDA_FP32 && value <= QUANT_CUDA_FP16; };
   if (!type(g.out_type) || !type(g.bias_type) || !type(g.residual_type))
     return QUANT_CUDA_BAD_SHAPE;
-  if (g.workers < 1 || g.workers > kMostWorkers ||
-      (g.split && (g.cluster != 1 || g.tile_tokens > 128))) {
-    return QUANT_CUDA_NO_KERNEL;
-  }
+  const bool many = g.workers * g.cluster > kMostWorkers;
+  if (g.workers < 1 || many || (g.split && g.tile_tokens > 128)) return QUANT_CUDA_NO_KERNEL;
   const bool grouped = g.kind == QUANT_CUDA_INT8_GROUP || g.kind >= QUANT_CUDA_LUT;
   if (!g.x || !g.x_scale || !g.codes || (grouped && !g.t) || !g.c || !g.out) {
     return QUANT_CUDA_NULL_POINTER;

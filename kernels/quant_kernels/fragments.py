@@ -10,23 +10,24 @@ t = 32 w + 4 r + c has rows 16 w + r and 16 w + 8 + r, and of each the columns 4
 
 A word has eight codes of one row: low[i] of column 4 c + i and high[i] of column 16 + 4 c + i,
 
-    int8, a scale a row    byte i: q(low[i]) in its upper nibble, q(high[i]) in its lower one
-    int8 in groups         byte i: q(low[i]) + 8 in its lower nibble, q(high[i]) + 8 in its upper one
-    FP8 without a code of  byte i: |q(low[i])| in bits 0-2, its sign in bit 7, |q(high[i])| in bits
-      -8, not lut          4-6, whose sign is bit 3 of byte i + 1 (of 0 for 3)
-    lut, and FP8 with -8   nibble i: |q(low[i])|, nibble 4 + i: |q(high[i])|, three bits each, and
-                           signs in bits 8 i + 7 (low) and 8 i + 3 (high); -8 is "minus zero"
+    int8, a scale a row   byte i: q(low[i]) in its upper nibble, q(high[i]) in its lower one
+    int8 in groups        byte i: q(low[i]) + 8 in its lower nibble, q(high[i]) + 8 in its upper one
+    FP8 without a code of byte i: |q(low[i])| in bits 0-2, its sign in bit 7, |q(high[i])| in bits
+      -8, but for lut     4-6, whose sign is bit 3 of byte i + 1 (of 0 for 3)
+    lut, FP8 with -8      nibble i: |q(low[i])|, nibble 4 + i: |q(high[i])|, three bits each, and
+                          signs in bits 8 i + 7 (low) and 8 i + 3 (high); -8 is "minus zero"
 
 Rows and columns are padded with q = 0. Kernels for codes in [-7, 7] take fewer instructions, so the
 dtype says whether there is a -8: uint8 as above where there is none, int32 words [..., 128, 4]
 where there may be. int8 has room for all and is uint8.
 
-    t [N / 64, K / 128, 128 / g, 64]: E4M3 for lut, uint8 for int8, BF16 for exact; empty [0, K, 1, 1]
-    with a scale a row.  c [N] FP32, not padded.
+    t [N / 64, K / 128, 128 / g, 64]: E4M3 for lut, uint8 for int8, BF16 for exact; empty, with
+    a scale a row, [0, K, 1, 1].  c [N] FP32, not padded.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -104,9 +105,7 @@ def fragment_weight(weight: PackedWeight) -> FragmentWeight:
         t = t.new_empty(t_shape)
     else:
         blocks, groups = t_shape[0], t_shape[1] * t_shape[2]
-        t = torch.nn.functional.pad(
-            t, (0, groups - t.shape[1], 0, blocks * FRAGMENT_ROWS - len(t))
-        )
+        t = torch.nn.functional.pad(t, (0, groups - t.shape[1], 0, blocks * FRAGMENT_ROWS - len(t)))
         t = t.view(blocks, FRAGMENT_ROWS, t_shape[1], t_shape[2]).permute(0, 2, 3, 1)
     if fmt.scheme == "w4a8" or not minus_eight:
         words = words.view(torch.uint8)
@@ -129,24 +128,20 @@ def unfragment_weight(weight: FragmentWeight) -> PackedWeight:
     return PackedWeight(pack_int4(codes), scales, fmt)
 
 
-def encoding(fmt: WeightFormat, minus_eight: bool):  # type: ignore[no-untyped-def]
+def encoding(fmt: WeightFormat, minus_eight: bool) -> Callable[[Tensor, Tensor], Tensor]:
     """low, high [..., 4] codes (int64) -> words [...] (int64, 32 bits), as the format is stored."""
-    if fmt.scheme == "w4a8":
-        return _encode_halves if fmt.per_channel else _encode_unsigned
-    return _encode_lookup if fmt.numerics == "lut" and not fmt.per_channel or minus_eight else (
-        _encode_raw
-    )
+    return _CODINGS[_coding(fmt, minus_eight)][0]
 
 
-def decoding(fmt: WeightFormat, minus_eight: bool):  # type: ignore[no-untyped-def]
+def decoding(fmt: WeightFormat, minus_eight: bool) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     """Words [...] -> low, high [..., 4]. Inverse of `encoding`."""
-    inverse = {
-        _encode_halves: _decode_halves,
-        _encode_unsigned: _decode_unsigned,
-        _encode_raw: _decode_raw,
-        _encode_lookup: _decode_lookup,
-    }
-    return inverse[encoding(fmt, minus_eight)]
+    return _CODINGS[_coding(fmt, minus_eight)][1]
+
+
+def _coding(fmt: WeightFormat, minus_eight: bool) -> str:
+    if fmt.scheme == "w4a8":
+        return "halves" if fmt.per_channel else "unsigned"
+    return "lookup" if minus_eight or (fmt.numerics == "lut" and not fmt.per_channel) else "raw"
 
 
 def _bits(x: Tensor, *shifts: int) -> Tensor:
@@ -200,12 +195,18 @@ def _decode_lookup(words: Tensor) -> tuple[Tensor, Tensor]:
     return low, signed(_fields(words, 7, 16, 20, 24, 28), _fields(words, 1, 3, 11, 19, 27))
 
 
+_CODINGS = {
+    "halves": (_encode_halves, _decode_halves),
+    "unsigned": (_encode_unsigned, _decode_unsigned),
+    "raw": (_encode_raw, _decode_raw),
+    "lookup": (_encode_lookup, _decode_lookup),
+}
+
+
 def _padded(codes: Tensor, columns: int) -> Tensor:
     """codes [n, K] with zeros to whole fragments."""
     rows = -(-len(codes) // FRAGMENT_ROWS) * FRAGMENT_ROWS
-    return torch.nn.functional.pad(
-        codes, (0, columns - codes.shape[1], 0, rows - len(codes))
-    )
+    return torch.nn.functional.pad(codes, (0, columns - codes.shape[1], 0, rows - len(codes)))
 
 
 # Dimensions of [rows, columns]: fragment, w, h, r; block, half, step, low or high, c, i.
