@@ -11,7 +11,7 @@ CXX_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -
 # Build tools that the machine lacks come from PyPI into the environment.
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help demo test test-slow check format kernels native clean
+.PHONY: help demo test test-slow check format kernels native baseline clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -44,6 +44,10 @@ kernels: $(VENV)/.installed-dev ## compile the GPU kernels, without a GPU: regis
 native: $(VENV)/.build-tools ## the shared libraries, into build/dev
 	cmake -S csrc -B build/dev -G Ninja -DQUANT_CUDA=$(QUANT_CUDA)
 	cmake --build build/dev
+
+baseline: $(VENV)/.build-tools ## CUTLASS's GEMM, to measure against, into build/baseline: minutes, 5-7 GB each of two
+	cmake -S csrc -B build/baseline -G Ninja -DQUANT_CUDA=ON -DQUANT_BASELINE=ON
+	cmake --build build/baseline
 
 clean: ## remove the environment, builds and caches
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

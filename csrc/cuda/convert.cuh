@@ -21,7 +21,7 @@
 // With constant tables Lookup and LookupAll also give unscaled codes.
 #pragma once
 
-#include "sm90.cuh"
+#include "cuda/sm90.cuh"
 
 namespace quant {
 

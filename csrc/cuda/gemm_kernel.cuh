@@ -26,9 +26,9 @@
 // meet in the L2, in the order of K.
 #pragma once
 
-#include "convert.cuh"
-#include "gemm_params.h"
-#include "rows.cuh"
+#include "cuda/convert.cuh"
+#include "cuda/gemm_params.h"
+#include "cuda/rows.cuh"
 
 namespace quant {
 
@@ -52,6 +52,10 @@ struct Config {
                                                              : Raw::kUnit;
   using Operand = std::conditional_t<kInt8, Int8, E4M3>;
   using Sum = typename Operand::Sum;
+
+  // A wide tile's sums leave registers for the operands of half a stage at a time.
+  static constexpr int kSlice = kTokens == 256 ? 2 : kSteps, kSlices = kSteps / kSlice;
+  static constexpr int kStepsOfGroup = kGroup / 32;
 
   // Shared memory, from its start: X, codes, t of every stage, the epilogue's rows, tables,
   // barriers.
@@ -172,7 +176,7 @@ struct Consumer {
   using Sum = typename C::Sum;
   static constexpr int kSums = C::kTokens / 2;
   struct Operands {
-    uint32_t a[kSteps][4];
+    uint32_t a[C::kSlice][4];
     float scale[C::kPromote ? C::kGroups : 1][2];
   };
 
@@ -189,47 +193,50 @@ struct Consumer {
   QUANT_DEVICE int warpgroup() const { return thread / 128; }
   QUANT_DEVICE int row() const { return thread % 128 / 32 * 16 + thread % 32 / 4; }
 
-  // The codes of the ring's stage as operands.
-  QUANT_DEVICE void convert(Operands& to) const {
-    const int half = 2 * ring.stage + warpgroup();
-    const auto* words = reinterpret_cast<const uint4*>(shared.codes + half * kFragmentBytes);
-    const char* scales = shared.scales + half * C::kScaleBytes;
-    QUANT_UNROLL for (int group = 0; group < C::kGroups; ++group) {
-      constexpr int kStepsOfGroup = C::kGroup / 32;
-      QUANT_UNROLL for (int i = 0; i < 2; ++i) {  // row, row + 8
-        const int at = group * kFragmentRows + row() + 8 * i;
-        [[maybe_unused]] uint32_t t = 0, offset = 0;
-        [[maybe_unused]] Table table = kCodes;
-        if constexpr (C::kKind == Kind::int8_group) {
-          t = static_cast<uint8_t>(scales[at]);
-          offset = TwoLevel::offset(t);
-        } else if constexpr (C::kTables) {
-          const uint4 found = shared.tables[static_cast<uint8_t>(scales[at])];
-          table = {found.x, found.y, found.z};
-        } else if constexpr (C::kPromote) {
-          to.scale[group][i] = to_float(reinterpret_cast<const Bf16*>(scales)[at]);
-        }
-        QUANT_UNROLL for (int step = group * kStepsOfGroup; step < (group + 1) * kStepsOfGroup;
-                          ++step) {
-          const uint4 four = words[step / 2 * 128 + thread % 128];
-          const uint32_t word =
-              step % 2 == 0 ? (i == 0 ? four.x : four.y) : (i == 0 ? four.z : four.w);
-          uint32_t &low = to.a[step][i], &high = to.a[step][i + 2];
-          if constexpr (C::kKind == Kind::int8_channel) {
-            HighNibble::convert(word, low, high);
-          } else if constexpr (C::kKind == Kind::int8_group) {
-            TwoLevel::convert(word, t, offset, low, high);
-          } else if constexpr (C::kKind == Kind::fp8_channel || C::kKind == Kind::exact) {
-            Raw::convert(word, low, high);
-          } else if constexpr (C::kKind == Kind::lut) {
-            Lookup::convert(word, table, low, high);
-          } else {
-            LookupAll::convert(word, table, low, high);
+  // Codes of the ring's stage as operands: steps kSlice * slice and on.
+  QUANT_DEVICE void convert(Operands& to, int slice) const {
+    const int fragment = 2 * ring.stage + warpgroup();
+    const auto* words = reinterpret_cast<const uint4*>(shared.codes + fragment * kFragmentBytes);
+    const char* scales = shared.scales + fragment * C::kScaleBytes;
+    uint4 halves[C::kSlice / 2];  // of K = 64
+    QUANT_UNROLL for (int i = 0; i < C::kSlice / 2; ++i) {
+      halves[i] = words[(slice * (C::kSlice / 2) + i) * 128 + thread % 128];
+    }
+    QUANT_UNROLL for (int i = 0; i < 2; ++i) {  // row, row + 8
+      [[maybe_unused]] uint32_t t = 0, offset = 0;
+      [[maybe_unused]] Table table = kCodes;
+      QUANT_UNROLL for (int step = 0; step < C::kSlice; ++step) {
+        if (step % C::kStepsOfGroup == 0) {
+          const int group = (slice * C::kSlice + step) / C::kStepsOfGroup;
+          const int at = group * kFragmentRows + row() + 8 * i;
+          if constexpr (C::kKind == Kind::int8_group) {
+            t = static_cast<uint8_t>(scales[at]);
+            offset = TwoLevel::offset(t);
+          } else if constexpr (C::kTables) {
+            const uint4 found = shared.tables[static_cast<uint8_t>(scales[at])];
+            table = {found.x, found.y, found.z};
+          } else if constexpr (C::kPromote) {
+            to.scale[group][i] = to_float(reinterpret_cast<const Bf16*>(scales)[at]);
           }
+        }
+        const uint4& half = halves[step / 2];
+        const uint32_t word =
+            step % 2 == 0 ? (i == 0 ? half.x : half.y) : (i == 0 ? half.z : half.w);
+        uint32_t &low = to.a[step][i], &high = to.a[step][i + 2];
+        if constexpr (C::kKind == Kind::int8_channel) {
+          HighNibble::convert(word, low, high);
+        } else if constexpr (C::kKind == Kind::int8_group) {
+          TwoLevel::convert(word, t, offset, low, high);
+        } else if constexpr (C::kKind == Kind::fp8_channel || C::kKind == Kind::exact) {
+          Raw::convert(word, low, high);
+        } else if constexpr (C::kKind == Kind::lut) {
+          Lookup::convert(word, table, low, high);
+        } else {
+          LookupAll::convert(word, table, low, high);
         }
       }
     }
-    QUANT_UNROLL for (int step = 0; step < kSteps; ++step) {
+    QUANT_UNROLL for (int step = 0; step < C::kSlice; ++step) {
       QUANT_UNROLL for (int i = 0; i < 4; ++i) mma_operand(to.a[step][i]);
     }
   }
@@ -245,31 +252,42 @@ struct Consumer {
     }
   }
 
-  // One block of K: convert it while the MMAs of the block before run.
-  QUANT_DEVICE void multiply_block(Operands& operands, bool first) {
-    barrier_wait(shared.full + ring.stage, ring.parity);
-    convert(operands);
+  // A slice of a block of K: convert it while the MMAs of the slice before run.
+  QUANT_DEVICE void multiply_slice(Operands& operands, int slice, bool first) {
+    if (slice == 0) barrier_wait(shared.full + ring.stage, ring.parity);
+    convert(operands, slice);
     const Descriptor x = describe(shared.tokens + ring.stage * C::kTokenBytes);
     mma_fence();
-    QUANT_UNROLL for (int step = 0; step < kSteps; ++step) {
-      mma<typename C::Operand, C::kTokens>(sum, operands.a[step], advance(x, 32 * step),
+    QUANT_UNROLL for (int step = 0; step < C::kSlice; ++step) {
+      mma<typename C::Operand, C::kTokens>(sum, operands.a[step],
+                                           advance(x, 32 * (slice * C::kSlice + step)),
                                            !(first && step == 0));
     }
     mma_commit();
     mma_wait<1>();
-    if (!first) give_back(released);
-    released = ring.stage;
-    ring.advance();
+    if (slice == 0 && !first) give_back(released);
+    if (slice == C::kSlices - 1) {
+      released = ring.stage;
+      ring.advance();
+    }
   }
   QUANT_DEVICE void multiply(int blocks) {
     Operands even, odd;  // MMAs read the one while the other is written
-    multiply_block(even, true);
-    int block = 1;
-    for (; block + 1 < blocks; block += 2) {
-      multiply_block(odd, false);
-      multiply_block(even, false);
+    multiply_slice(even, 0, true);
+    if constexpr (C::kSlices == 2) {
+      multiply_slice(odd, 1, false);
+      for (int block = 1; block < blocks; ++block) {
+        multiply_slice(even, 0, false);
+        multiply_slice(odd, 1, false);
+      }
+    } else {
+      int block = 1;
+      for (; block + 1 < blocks; block += 2) {
+        multiply_slice(odd, 0, false);
+        multiply_slice(even, 0, false);
+      }
+      if (block < blocks) multiply_slice(odd, 0, false);
     }
-    if (block < blocks) multiply_block(odd, false);
     mma_wait<0>();
     give_back(released);
   }
@@ -278,7 +296,7 @@ struct Consumer {
   QUANT_DEVICE void promote_block(Operands& operands, const Operands& before, Sum (&part)[kSums],
                                   bool first) {
     barrier_wait(shared.full + ring.stage, ring.parity);
-    convert(operands);
+    convert(operands, 0);
     const Descriptor x = describe(shared.tokens + ring.stage * C::kTokenBytes);
     QUANT_UNROLL for (int group = 0; group < C::kGroups; ++group) {
       if (group > 0) {
@@ -324,8 +342,9 @@ struct Consumer {
   }
 
   // --- sums of split tiles ---
+  QUANT_DEVICE int slot(int worker) const { return worker * C::kCluster + rank; }
   QUANT_DEVICE uint4* partial(int worker) const {
-    return reinterpret_cast<uint4*>(p.partials) + int64_t{1} * worker * (kSums / 4) * kConsumers +
+    return static_cast<uint4*>(p.partials) + int64_t{1} * slot(worker) * (kSums / 4) * kConsumers +
            thread;
   }
   QUANT_DEVICE void publish(int worker) const {
@@ -335,12 +354,12 @@ struct Consumer {
     }
     fence_global();
     group_sync(1, kConsumers);
-    if (thread == 0) flag_set(p.flags + worker, 1);
+    if (thread == 0) flag_set(p.flags + slot(worker), 1);
   }
   // What the workers before this one have of its tile, and then its own.
   QUANT_DEVICE void collect(int first, int worker) {
     if (thread == 0) {
-      for (int other = first; other < worker; ++other) flag_wait(p.flags + other, 1);
+      for (int other = first; other < worker; ++other) flag_wait(p.flags + slot(other), 1);
     }
     group_sync(1, kConsumers);
     QUANT_UNROLL for (int i = 0; i < kSums / 4; ++i) {
@@ -354,7 +373,7 @@ struct Consumer {
     }
     group_sync(1, kConsumers);
     if (thread == 0) {  // for the next launch
-      for (int other = first; other < worker; ++other) flag_set(p.flags + other, 0);
+      for (int other = first; other < worker; ++other) flag_set(p.flags + slot(other), 0);
     }
   }
 

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "schedule.h"
+#include "cuda/schedule.h"
 
 namespace quant {
 

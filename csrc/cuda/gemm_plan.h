@@ -2,15 +2,16 @@
 // GPU.
 #pragma once
 
-#include "gemm_params.h"
+#include "cuda/gemm_params.h"
 #include "quant_cuda.h"
 
 namespace quant {
 
 constexpr int64_t kMostTokens = int64_t{1} << 24, kMostRows = 1 << 24, kMostColumns = 1 << 20;
+constexpr int kMostWorkers = 160;  // blocks of a launch: Hoppers have 132 multiprocessors at most
 
 // Kinds without groups are listed at 128. Sums of exact take a second accumulator, so 128 tokens
-// at most; clusters share a wide tile of X.
+// at most; clusters share X, which is worth it from 64 tokens on.
 constexpr bool has_kernel(int kind, int group, int tokens, int cluster) {
   const bool known = kind >= 0 && kind < kKinds;
   const bool grouped = kind == QUANT_CUDA_INT8_GROUP || kind >= QUANT_CUDA_LUT;
@@ -19,7 +20,8 @@ constexpr bool has_kernel(int kind, int group, int tokens, int cluster) {
   const bool of_group = group == 128 || (grouped && (group == 64 || group == 32));
   const bool of_tokens =
       tokens == 16 || tokens == 32 || tokens == 64 || tokens == 128 || tokens == 256;
-  const bool of_cluster = cluster == 1 || (cluster == 2 && tokens == widest);
+  const bool of_cluster =
+      cluster == 1 || (cluster == 2 && (tokens == widest || (group == 128 && tokens >= 64)));
   return known && of_group && of_tokens && tokens <= widest && of_cluster;
 }
 
@@ -28,7 +30,7 @@ inline bool aligned(const void* pointer, int64_t bytes) {
   return reinterpret_cast<uintptr_t>(pointer) % static_cast<uintptr_t>(bytes) == 0;
 }
 inline int64_t partial_bytes(const QuantCudaGemm& g) {
-  return g.split ? int64_t{4} * g.workers * kTileRows * g.tile_tokens : 0;
+  return g.split ? int64_t{4} * g.workers * g.cluster * kTileRows * g.tile_tokens : 0;
 }
 
 inline int check(const QuantCudaGemm& g) {
@@ -42,14 +44,13 @@ inline int check(const QuantCudaGemm& g) {
   const auto type = [](int value) { return value >= QUANT_CUDA_FP32 && value <= QUANT_CUDA_FP16; };
   if (!type(g.out_type) || !type(g.bias_type) || !type(g.residual_type))
     return QUANT_CUDA_BAD_SHAPE;
-  if (g.workers < 1 || (g.split && (g.cluster != 1 || g.tile_tokens > 128))) {
-    return QUANT_CUDA_NO_KERNEL;
-  }
+  const bool many = g.workers * g.cluster > kMostWorkers;
+  if (g.workers < 1 || many || (g.split && g.tile_tokens > 128)) return QUANT_CUDA_NO_KERNEL;
   const bool grouped = g.kind == QUANT_CUDA_INT8_GROUP || g.kind >= QUANT_CUDA_LUT;
   if (!g.x || !g.x_scale || !g.codes || (grouped && !g.t) || !g.c || !g.out) {
     return QUANT_CUDA_NULL_POINTER;
   }
-  if (g.split && (!g.workspace || !g.flags)) return QUANT_CUDA_NULL_POINTER;
+  if (g.split && !g.workspace) return QUANT_CUDA_NULL_POINTER;
   if (!aligned(g.x, 16) || g.x_stride % 16 != 0 || g.x_stride < g.columns ||
       !aligned(g.codes, 16) || (grouped && !aligned(g.t, 16)) || !aligned(g.workspace, 16)) {
     return QUANT_CUDA_BAD_ALIGNMENT;
@@ -58,7 +59,7 @@ inline int check(const QuantCudaGemm& g) {
 }
 
 // After `check`. Rows come in fours, aligned, where every address and stride allows it.
-inline GemmParams plan(const QuantCudaGemm& g) {
+inline GemmParams plan(const QuantCudaGemm& g, uint32_t* flags) {
   constexpr int64_t kSizes[] = {4, 2, 2};
   const int64_t outputs = g.silu_mul ? g.rows / 2 : g.rows;
   const auto fours = [&](const void* pointer, int type, int64_t stride) {
@@ -94,7 +95,7 @@ inline GemmParams plan(const QuantCudaGemm& g) {
   }
   if (!g.split && p.schedule.workers > p.schedule.tiles()) p.schedule.workers = p.schedule.tiles();
   p.partials = g.workspace;
-  p.flags = g.flags;
+  p.flags = flags;
   return p;
 }
 

@@ -2,8 +2,8 @@
 // way.
 #pragma once
 
-#include "gemm_params.h"
-#include "sm90.cuh"
+#include "cuda/gemm_params.h"
+#include "cuda/sm90.cuh"
 
 namespace quant {
 

@@ -7,7 +7,7 @@
 #pragma once
 
 #ifdef QUANT_SIMULATE
-#include "simulate/simulator.h"
+#include "cuda/simulate/simulator.h"
 #else
 
 #include <cuda.h>

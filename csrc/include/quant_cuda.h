@@ -9,7 +9,7 @@
 #define QUANT_CUDA_API __attribute__((visibility("default")))
 
 // Goes up with every change that an already built caller would notice.
-#define QUANT_CUDA_ABI_VERSION 1
+#define QUANT_CUDA_ABI_VERSION 2
 
 #include <stdint.h>
 
@@ -56,7 +56,6 @@ typedef struct {
   const void* residual;  // or null; may be out
   void* out;             // [tokens, rows / 2] with silu_mul, whose weight is the gate, then up
   void* workspace;       // quant_cuda_gemm_workspace bytes, aligned to 16
-  uint32_t* flags;       // `workers` zeros, which the kernel leaves as zeros; of this stream alone
   int64_t tokens, rows, columns;
   int64_t x_stride, x_scale_stride, residual_stride, out_stride, workspace_bytes;
   int kind, group_size;  // 32, 64 or 128; 128 where there are no groups
@@ -67,8 +66,7 @@ typedef struct {
   int tile_tokens, cluster, workers, split;
 } QuantCudaGemm;
 
-// Whether a kernel takes these arguments, and why not; no driver is asked. Pointers are looked at,
-// not followed.
+// Whether a kernel takes these arguments, and why not: no driver is asked, no pointer followed.
 QUANT_CUDA_API int quant_cuda_gemm_check(const QuantCudaGemm* gemm);
 
 // Bytes of workspace of these tiles; 0 where tiles are whole.

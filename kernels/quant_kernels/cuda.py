@@ -9,7 +9,7 @@ import functools
 
 from quant_kernels import native
 
-ABI = 1
+ABI = 2
 
 # QuantCudaStatus: the answers that mean "this machine has no GPU to offer".
 NO_DRIVER = -2
@@ -31,9 +31,9 @@ def why_unavailable() -> str | None:
     except native.LibraryMissing as error:
         return str(error)
     if status:
-        return f"libquant_cuda.so is built, but {_error_string(status)}"
+        return f"libquant_cuda.so is built, but {error_string(status)}"
     if count == 0:
-        return f"libquant_cuda.so is built, but {_error_string(NO_DEVICE)}"
+        return f"libquant_cuda.so is built, but {error_string(NO_DEVICE)}"
     return None
 
 
@@ -50,32 +50,34 @@ def devices() -> list[tuple[int, tuple[int, int]]]:
     if status in (NO_DRIVER, NO_DEVICE):
         return []
     if status:
-        raise RuntimeError(f"cannot count GPUs: {_error_string(status)}")
+        raise RuntimeError(f"cannot count GPUs: {error_string(status)}")
     return [(device, _capability(device)) for device in range(count)]
 
 
 def _device_count() -> tuple[int, int]:
     count = ctypes.c_int(0)
-    status = _library().quant_cuda_device_count(ctypes.byref(count))
+    status = library().quant_cuda_device_count(ctypes.byref(count))
     return status, count.value
 
 
 def _capability(device: int) -> tuple[int, int]:
     major, minor = ctypes.c_int(0), ctypes.c_int(0)
-    status = _library().quant_cuda_device_capability(
+    status = library().quant_cuda_device_capability(
         device, ctypes.byref(major), ctypes.byref(minor)
     )
     if status:
-        raise RuntimeError(f"cannot read the capability of GPU {device}: {_error_string(status)}")
+        raise RuntimeError(f"cannot read the capability of GPU {device}: {error_string(status)}")
     return major.value, minor.value
 
 
-def _error_string(status: int) -> str:
-    return str(_library().quant_cuda_error_string(status).decode())
+def error_string(status: int) -> str:
+    """One English sentence for a status of the library."""
+    return str(library().quant_cuda_error_string(status).decode())
 
 
 @functools.cache
-def _library() -> ctypes.CDLL:
+def library() -> ctypes.CDLL:
+    """libquant_cuda.so, or LibraryMissing."""
     library = native.load("quant_cuda", ABI)
     library.quant_cuda_error_string.argtypes = [ctypes.c_int]
     library.quant_cuda_error_string.restype = ctypes.c_char_p

@@ -6,9 +6,10 @@ order, by the op's argument `backend` and by $FOURBYEIGHT_BACKEND: one backend f
 `op=backend` pairs:
 
     FOURBYEIGHT_BACKEND=reference
-    FOURBYEIGHT_BACKEND=decode_attention=reference,gemm_w4a8=triton
+    FOURBYEIGHT_BACKEND=gemm_w4a8=cutlass,gemm_w4afp8=cutlass
 
-A backend that was asked for and cannot run here is an error that says why.
+`cutlass`, CUDA C++ for Hopper, runs where it is asked for: no rule names it before it has been
+measured on one. A backend that was asked for and cannot run here is an error that says why.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 
 import torch
 
-from quant_kernels import cpu
+from quant_kernels import cpu, cuda
 
 OPS = (
     "quantize_activation",
@@ -32,8 +33,10 @@ OPS = (
     "prefill_attention",
     "decode_attention",
 )
-BACKENDS = ("cpu", "triton", "reference")
+BACKENDS = ("cpu", "triton", "cutlass", "reference")
 VARIABLE = "FOURBYEIGHT_BACKEND"
+CUTLASS_OPS = ("gemm_w4afp8", "gemm_w4a8")
+HOPPER = (9, 0)
 FP8_CAPABILITY = (8, 9)  # the first with FP8 tensor cores
 TRITON_CAPABILITY = (8, 0)
 
@@ -76,7 +79,7 @@ def choose(op: str, device: torch.device, asked: str = "") -> str:
     backend = asked or _overrides(os.environ.get(VARIABLE, "")).get(op) or by_table(op, device)
     if backend not in BACKENDS:
         raise ValueError(f"{op}: backend {backend!r} is unknown; known: {', '.join(BACKENDS)}")
-    reason = _why_not(backend, device)
+    reason = _why_not(op, backend, device)
     if reason is not None:
         raise BackendUnavailable(f"{op} on {device}: backend {backend!r} cannot run: {reason}")
     return backend
@@ -137,7 +140,9 @@ def why_no_triton(device: str = "cuda", found: tuple[int, int] = FP8_CAPABILITY)
     return None
 
 
-def _why_not(backend: str, device: torch.device) -> str | None:
+def _why_not(op: str, backend: str, device: torch.device) -> str | None:
+    if backend == "cutlass":
+        return _why_no_cutlass(op, device)
     if backend == "cpu":
         if device.type != "cpu":
             return "its kernels read the memory of the CPU"
@@ -150,6 +155,16 @@ def _why_not(backend: str, device: torch.device) -> str | None:
             f"under torch.cuda.device({str(device)!r})"
         )
     return why_no_triton(device.type, capability(device))
+
+
+def _why_no_cutlass(op: str, device: torch.device) -> str | None:
+    if op not in CUTLASS_OPS:
+        return f"it has {', '.join(CUTLASS_OPS)}"
+    if device.type != "cuda":
+        return "its kernels run on a GPU"
+    if (found := capability(device)) != HOPPER:
+        return f"its kernels are for Hopper, sm_90, and this GPU is sm_{found[0]}{found[1]}"
+    return cuda.why_unavailable()
 
 
 @functools.cache

@@ -34,7 +34,7 @@ def search_folders(name: str) -> list[Path]:
 
 
 def find(name: str) -> Path | None:
-    """The file of library `name` ("quant_cpu" or "quant_cuda"), or None."""
+    """The file of library `name` ("quant_cpu", "quant_cuda", "quant_cutlass"), or None."""
     for folder in search_folders(name):
         file = folder / f"lib{name}.so"
         if file.is_file():
@@ -70,12 +70,16 @@ def _in_source_tree() -> bool:
 
 
 def _how_to_build(name: str) -> str:
-    cuda = " QUANT_CUDA=ON" if name == "quant_cuda" else ""
+    cuda = "" if name == "quant_cpu" else " QUANT_CUDA=ON"
     needs = "nvcc 12.4 or newer on PATH" if cuda else "a C++17 compiler"
     if _in_source_tree():
         # The export matters where an unusable library, installed or named, comes before build/.
-        folder = SOURCE_TREE / "build" / "dev"
-        command = f"make -C {SOURCE_TREE} native{cuda} && export QUANT_LIB_DIR={folder}"
+        target, folder = f"native{cuda}", SOURCE_TREE / "build" / "dev"
+        if name == "quant_cutlass":
+            target, folder = "baseline", SOURCE_TREE / "build" / "baseline"
+        command = f"make -C {SOURCE_TREE} {target} && export QUANT_LIB_DIR={folder}"
+    elif name == "quant_cutlass":
+        command = "make baseline (in a checkout of the sources: no package carries it)"
     else:
         define = " -C cmake.define.QUANT_CUDA=ON" if cuda else ""
         command = f"pip install --force-reinstall --no-deps{define} PATH_OF_THE_FOURBYEIGHT_SOURCES"

@@ -12,12 +12,13 @@ contiguous; codes are float8_e4m3fn or int8, and their dtype says which activati
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from quant_kernels import dispatch
+from quant_kernels.fragments import fragment_weight
 from quant_kernels.packing import PackedWeight, block_weight, split_weight
 from quant_kernels.registration import OpError, Weight, backend_for, call
 
@@ -180,10 +181,13 @@ def prepare(weight: PackedWeight, *, backend: str = "") -> Weight:
     Raises FormatError where that layout cannot hold it.
     """
     op = f"gemm_{weight.fmt.scheme}"
-    chosen = dispatch.choose(op, weight.words.device, backend)
-    if chosen == "triton":
-        return split_weight(weight)
-    return block_weight(weight) if chosen == "cpu" else weight
+    layouts: dict[str, Callable[[PackedWeight], Weight]] = {
+        "triton": split_weight,
+        "cutlass": fragment_weight,
+        "cpu": block_weight,
+    }
+    layout = layouts.get(dispatch.choose(op, weight.words.device, backend))
+    return weight if layout is None else layout(weight)
 
 
 def workspace_bytes(
@@ -199,7 +203,11 @@ def workspace_bytes(
     gemms: (N, K) of the weights, with up to max_tokens tokens; attention: (B, Hq, Hk, D) of decode
     steps. 0 where the backend needs none. Ops on different streams need workspaces of their own.
     """
-    op = "gemm_w4a8" if gemms else "decode_attention"
-    return int(
-        backend_for(op, device, backend).workspace_bytes(device, gemms, max_tokens, attention)
-    )
+    needed = [0]
+    for op in ("gemm_w4a8", "gemm_w4afp8") if gemms else ():
+        module = backend_for(op, device, backend)
+        needed.append(module.workspace_bytes(device, gemms, max_tokens, None))
+    if attention is not None:
+        module = backend_for("decode_attention", device, backend)
+        needed.append(module.workspace_bytes(device, (), max_tokens, attention))
+    return max(needed)

@@ -8,33 +8,28 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from quant_kernels import dispatch
-from quant_kernels.formats import WeightFormat
-from quant_kernels.packing import (
-    BLOCKED_SCALE_DTYPES,
-    KV_PAGE,
-    SCALE_DTYPES,
-    BlockedWeight,
-    PackedWeight,
-    SplitWeight,
-    blocked_shapes,
-    span_of,
+from quant_kernels.arguments import (
+    CODES,
+    FLOATS,
+    OpError,
+    Weight,
+    check_weight,
+    expect,
+    weight_of,
 )
+from quant_kernels.formats import WeightFormat
+from quant_kernels.packing import KV_PAGE
 
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-CODES = (torch.float8_e4m3fn, torch.int8)
+__all__ = ["OpError", "Weight", "backend_for", "call"]
+
 HEAD_DIMS = (32, 64, 96, 128, 256)
-Weight = PackedWeight | SplitWeight | BlockedWeight
-
-
-class OpError(ValueError):
-    """Arguments that an op does not take: which op and argument, what was found, what is wanted."""
 
 
 def _quantize_activation(x: Tensor, codes: Tensor, scale: Tensor, backend: str) -> None:
@@ -54,9 +49,9 @@ def _rms_norm_quantize(
 ) -> None:
     op = "rms_norm_quantize"
     _check_activation(op, "x", x, codes, scale, x.shape[-1])
-    _expect(op, "weight", weight, (x.shape[1],), FLOATS)
+    expect(op, "weight", weight, (x.shape[1],), FLOATS)
     if residual is not None:
-        _expect(op, "residual", residual, tuple(x.shape), (x.dtype,))
+        expect(op, "residual", residual, tuple(x.shape), (x.dtype,))
     backend_for(op, x.device, backend).rms_norm_quantize(x, weight, eps, codes, scale, residual)
 
 
@@ -86,19 +81,20 @@ def _gemm(scheme: str) -> Callable[..., None]:
         workspace: Tensor | None,
         backend: str,
     ) -> None:
-        weight = _weight(op, codes, t, c, _format(scheme, group_size, numerics))
+        fmt = _format(scheme, group_size, numerics)
+        weight = weight_of(op, codes, t, c, fmt, x_codes.shape[-1])
         rows, columns = weight.shape
         m = x_codes.shape[0]
-        _expect(op, "x_codes", x_codes, (m, columns), (kind,))
-        _expect(op, "x_scale", x_scale, (m, 1), (torch.float32,))
-        _check_weight(op, weight, rows, columns)
+        expect(op, "x_codes", x_codes, (m, columns), (kind,))
+        expect(op, "x_scale", x_scale, (m, 1), (torch.float32,))
+        check_weight(op, weight, rows, columns)
         if silu_mul and (rows % 2 or residual is not None):
             raise OpError(f"{op}: silu_mul takes a weight of 2 F rows, not {rows}, and no residual")
-        _expect(op, "out", out, (m, rows // 2 if silu_mul else rows), FLOATS)
+        expect(op, "out", out, (m, rows // 2 if silu_mul else rows), FLOATS)
         if bias is not None:
-            _expect(op, "bias", bias, (rows,), FLOATS)
+            expect(op, "bias", bias, (rows,), FLOATS)
         if residual is not None:
-            _expect(op, "residual", residual, (m, rows), FLOATS)
+            expect(op, "residual", residual, (m, rows), FLOATS)
         module = backend_for(op, x_codes.device, backend)
         if not isinstance(weight, module.WEIGHT):
             raise OpError(
@@ -132,19 +128,19 @@ def _rope_append(
     op, tokens = "rope_append", qkv.shape[0]
     query_heads, dim = q_codes.shape[1:]
     kv_heads = _check_cache(op, q_codes, q_scale, kv_codes, kv_scales)
-    _expect(op, "qkv", qkv, (tokens, (query_heads + 2 * kv_heads) * dim), FLOATS)
-    _expect(op, "q_codes", q_codes, (tokens, query_heads, dim), (torch.float8_e4m3fn,))
+    expect(op, "qkv", qkv, (tokens, (query_heads + 2 * kv_heads) * dim), FLOATS)
+    expect(op, "q_codes", q_codes, (tokens, query_heads, dim), (torch.float8_e4m3fn,))
     integers = (torch.int32, torch.int64)
-    _expect(op, "positions", positions, (tokens,), integers)
-    _expect(op, "slots", slots, (tokens,), integers)
-    _expect(op, "cos", cos, (cos.shape[0], dim // 2), (torch.float32,))
-    _expect(op, "sin", sin, tuple(cos.shape), (torch.float32,))
+    expect(op, "positions", positions, (tokens,), integers)
+    expect(op, "slots", slots, (tokens,), integers)
+    expect(op, "cos", cos, (cos.shape[0], dim // 2), (torch.float32,))
+    expect(op, "sin", sin, tuple(cos.shape), (torch.float32,))
     for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
         if norm is not None:
-            _expect(op, name, norm, (dim,), FLOATS)
+            expect(op, name, norm, (dim,), FLOATS)
     for name, part in (("key_scale", key_scale), ("key_shift", key_shift)):
         if part is not None:
-            _expect(op, name, part, (kv_heads, dim), (torch.float32,))
+            expect(op, name, part, (kv_heads, dim), (torch.float32,))
     if (q_norm is None) != (k_norm is None) or (key_scale is None) != (key_shift is None):
         raise OpError(f"{op}: q_norm and k_norm, and key_scale and key_shift, come in pairs")
     backend_for(op, qkv.device, backend).rope_append(
@@ -169,7 +165,7 @@ def _prefill_attention(
 ) -> None:
     op, batch = "prefill_attention", len(kv_lens)
     _check_attention(op, q_codes, q_scale, kv_codes, kv_scales, block_table, kv_lens, out, sm_scale)
-    _expect(op, "cu_seqlens", cu_seqlens, (batch + 1,), (torch.int32,))
+    expect(op, "cu_seqlens", cu_seqlens, (batch + 1,), (torch.int32,))
     if not 0 <= max_query_len <= len(q_codes):
         raise OpError(f"{op}: max_query_len is {max_query_len} with {len(q_codes)} query tokens")
     backend_for(op, q_codes.device, backend).prefill_attention(
@@ -201,22 +197,11 @@ def _decode_attention(
     )  # fmt: skip
 
 
-def _weight(op: str, codes: Tensor, t: Tensor, c: Tensor, fmt: WeightFormat) -> Weight:
-    """The weight whose tensors these are: a layout is told by the dimensions of its codes."""
-    if codes.dim() not in (2, 3, 4) or t.dim() < 2 or c.dim() != 1:
-        raise OpError(
-            f"{op}: codes {list(codes.shape)}, t {list(t.shape)} and c {list(c.shape)} are no "
-            "weight in any layout; make one with ops.prepare"
-        )
-    if codes.dim() == 2:
-        return PackedWeight(codes, t, fmt)
-    return SplitWeight(codes, t, c, fmt) if codes.dim() == 3 else BlockedWeight(codes, t, c, fmt)
-
-
 _MODULES = {
     "reference": "quant_kernels.backend_reference",
     "cpu": "quant_kernels.backend_cpu",
     "triton": "quant_kernels.triton.backend",
+    "cutlass": "quant_kernels.backend_cutlass",
 }
 
 
@@ -231,56 +216,7 @@ def _module(backend: str) -> ModuleType:
     return importlib.import_module(_MODULES[backend])
 
 
-def _expect(
-    op: str, name: str, x: Tensor, shape: tuple[int, ...], dtypes: Sequence[torch.dtype]
-) -> None:
-    """Shape, dtype and a contiguous last dimension, or OpError."""
-    dense = x.is_contiguous() or x.shape[-1] <= 1 or x.stride(-1) == 1
-    if x.shape != shape or x.dtype not in dtypes or not dense:
-        kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise OpError(
-            f"{op}: {name} must be {kinds} {list(shape)} with its last dimension contiguous, got "
-            f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)} with strides {x.stride()}"
-        )
-
-
 _format = functools.cache(WeightFormat)  # which checks what it is made of
-Part = tuple[str, tuple[int, ...], tuple[torch.dtype, ...]]  # name, shape, allowed types
-
-
-@functools.lru_cache(maxsize=1024)
-def _weight_parts(layout: str, rows: int, columns: int, fmt: WeightFormat) -> tuple[Part, ...]:
-    """What the tensors of an [N, K] weight must be; FormatError where the format cannot hold it."""
-    fmt.check(rows, columns)
-    groups = fmt.groups(columns)
-    if layout == SplitWeight.LAYOUT:
-        half = span_of(columns, fmt) // 2
-        return (
-            ("codes", (columns // (2 * half), rows, half), (torch.uint8,)),
-            ("t", (0 if fmt.per_channel else groups, rows), (SCALE_DTYPES[fmt.numerics],)),
-            ("c", (rows,), (torch.float32,)),
-        )
-    if layout == BlockedWeight.LAYOUT:
-        codes, scales = blocked_shapes(rows, columns, fmt)
-        return (
-            ("codes", codes, (torch.uint8,)),
-            ("t", scales, (BLOCKED_SCALE_DTYPES[fmt.numerics],)),
-            ("c", (rows,), (torch.float32,)),
-        )
-    return ("codes", (rows, columns // 8), (torch.int32,)), ("t", (rows, groups), FLOATS)
-
-
-def _check_weight(op: str, weight: Weight, rows: int, columns: int) -> None:
-    """A weight's tensors belong together and are contiguous."""
-    if isinstance(weight, PackedWeight):
-        tensors: tuple[Tensor, ...] = (weight.words, weight.scales)
-    else:
-        tensors = (weight.codes, weight.t, weight.c)
-    parts = _weight_parts(weight.LAYOUT, rows, columns, weight.fmt)
-    for (name, shape, dtypes), part in zip(parts, tensors, strict=True):
-        _expect(op, name, part, shape, dtypes)
-        if not part.is_contiguous():
-            raise OpError(f"{op}: {name} {list(part.shape)} must be contiguous")
 
 
 def _check_activation(
@@ -288,9 +224,9 @@ def _check_activation(
 ) -> None:
     if x.dim() != 2:
         raise OpError(f"{op}: {name} must have two dimensions, got {list(x.shape)}")
-    _expect(op, name, x, tuple(x.shape), FLOATS)
-    _expect(op, "codes", codes, (x.shape[0], columns), CODES)
-    _expect(op, "scale", scale, (x.shape[0], 1), (torch.float32,))
+    expect(op, name, x, tuple(x.shape), FLOATS)
+    expect(op, "codes", codes, (x.shape[0], columns), CODES)
+    expect(op, "scale", scale, (x.shape[0], 1), (torch.float32,))
 
 
 def _check_cache(
@@ -309,10 +245,10 @@ def _check_cache(
             f"{op}: {query_heads} query heads over {kv_heads} KV heads of dimension {dim}; heads "
             f"must divide, and the dimension be one of {', '.join(map(str, HEAD_DIMS))}"
         )
-    _expect(op, "q_codes", q_codes, tuple(q_codes.shape), (torch.float8_e4m3fn,))
-    _expect(op, "q_scale", q_scale, (tokens, query_heads), (torch.float32,))
-    _expect(op, "kv_codes", kv_codes, (2, pages, kv_heads, KV_PAGE, dim // 2), (torch.uint8,))
-    _expect(op, "kv_scales", kv_scales, (2, pages, kv_heads, KV_PAGE, 2), (torch.float16,))
+    expect(op, "q_codes", q_codes, tuple(q_codes.shape), (torch.float8_e4m3fn,))
+    expect(op, "q_scale", q_scale, (tokens, query_heads), (torch.float32,))
+    expect(op, "kv_codes", kv_codes, (2, pages, kv_heads, KV_PAGE, dim // 2), (torch.uint8,))
+    expect(op, "kv_scales", kv_scales, (2, pages, kv_heads, KV_PAGE, 2), (torch.float16,))
     if not (kv_codes.is_contiguous() and kv_scales.is_contiguous()):
         raise OpError(f"{op}: kv_codes and kv_scales must be contiguous")
     return int(kv_heads)
@@ -333,9 +269,9 @@ def _check_attention(
         raise OpError(f"{op}: sm_scale must be positive, got {sm_scale}")
     _check_cache(op, q_codes, q_scale, kv_codes, kv_scales)
     batch = len(kv_lens)
-    _expect(op, "kv_lens", kv_lens, (batch,), (torch.int32,))
-    _expect(op, "block_table", block_table, (batch, block_table.shape[1]), (torch.int32,))
-    _expect(op, "out", out, tuple(q_codes.shape), FLOATS)
+    expect(op, "kv_lens", kv_lens, (batch,), (torch.int32,))
+    expect(op, "block_table", block_table, (batch, block_table.shape[1]), (torch.int32,))
+    expect(op, "out", out, tuple(q_codes.shape), FLOATS)
 
 
 _GEMM = (

@@ -1,14 +1,22 @@
-"""Every instruction set that the CPU kernels are compiled for, and any number of threads."""
+"""Every instruction set that the CPU kernels are compiled for, any number of threads, and the CUDA
+kernels on a CPU."""
 
 from __future__ import annotations
 
+import ctypes
+import os
+import platform
+import shutil
+import subprocess
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from quant_kernels import cpu
 
+CSRC = Path(__file__).parents[2] / "csrc"
 ISAS = ("portable", "avx2", "avx512_vnni", "amx")
 
 
@@ -28,3 +36,18 @@ def threads() -> Iterator[Callable[[int], None]]:
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def simulator(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The CUDA kernels' own source, compiled for the CPU (csrc/cuda/simulate)."""
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    if compiler is None or platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("the simulator needs a C++ compiler on x86-64")
+    library = tmp_path_factory.mktemp("simulator") / "libquant_simulator.so"
+    sources = sorted((CSRC / "cuda" / "simulate").glob("*.cpp"))
+    command = [compiler, "-std=c++17", "-O1", "-w", "-DQUANT_SIMULATE", "-shared", "-fPIC"]
+    command += [f"-I{CSRC}", f"-I{CSRC / 'include'}", *map(str, sources), "-o", str(library)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return ctypes.CDLL(str(library))

@@ -1,14 +1,14 @@
 // The GEMM kernels in the simulator, behind a C ABI for tests.
-#include <cstdio>
 #include <string>
 
-#include "gemm_kernel.cuh"
-#include "gemm_plan.h"
+#include "cuda/gemm_kernel.cuh"
+#include "cuda/gemm_plan.h"
 
 namespace quant {
 namespace {
 
 std::string failure;
+uint32_t* flags;
 
 template <Kind kKind, int kGroup, int kTokens, int kCluster>
 bool simulate(const QuantCudaGemm& g, Launch launch) {
@@ -19,7 +19,7 @@ bool simulate(const QuantCudaGemm& g, Launch launch) {
       return false;
     }
     using C = Config<kKind, kGroup, kTokens, kCluster>;
-    const GemmParams p = plan(g);
+    const GemmParams p = plan(g, flags);
     const TensorMap x{static_cast<const uint8_t*>(g.x),
                       g.columns,
                       g.tokens,
@@ -39,9 +39,9 @@ bool simulate(const QuantCudaGemm& g, Launch launch) {
 template <Kind kKind, int kGroup>
 bool of_group(const QuantCudaGemm& g, const Launch& launch) {
   return simulate<kKind, kGroup, 16, 1>(g, launch) || simulate<kKind, kGroup, 32, 1>(g, launch) ||
-         simulate<kKind, kGroup, 64, 1>(g, launch) || simulate<kKind, kGroup, 128, 1>(g, launch) ||
-         simulate<kKind, kGroup, 128, 2>(g, launch) || simulate<kKind, kGroup, 256, 1>(g, launch) ||
-         simulate<kKind, kGroup, 256, 2>(g, launch);
+         simulate<kKind, kGroup, 64, 1>(g, launch) || simulate<kKind, kGroup, 64, 2>(g, launch) ||
+         simulate<kKind, kGroup, 128, 1>(g, launch) || simulate<kKind, kGroup, 128, 2>(g, launch) ||
+         simulate<kKind, kGroup, 256, 1>(g, launch) || simulate<kKind, kGroup, 256, 2>(g, launch);
 }
 template <Kind kKind>
 bool of_kind(const QuantCudaGemm& g, const Launch& launch) {
@@ -54,11 +54,57 @@ bool of_kind(const QuantCudaGemm& g, const Launch& launch) {
 
 extern "C" {
 
+// The conversion of a kind: words -> operand registers low, high; t: the group scale's byte.
+void quant_simulate_convert(int kind, const uint32_t* words, const uint8_t* t, int64_t count,
+                            uint32_t* low, uint32_t* high) {
+  using namespace quant;
+  for (int64_t i = 0; i < count; ++i) {
+    const Table table =
+        kind == QUANT_CUDA_LUT || kind == QUANT_CUDA_LUT_8 ? make_table(t[i]) : kCodes;
+    switch (kind) {
+      case QUANT_CUDA_INT8_CHANNEL:
+        HighNibble::convert(words[i], low[i], high[i]);
+        break;
+      case QUANT_CUDA_INT8_GROUP:
+        TwoLevel::convert(words[i], t[i], TwoLevel::offset(t[i]), low[i], high[i]);
+        break;
+      case QUANT_CUDA_FP8_CHANNEL:
+      case QUANT_CUDA_EXACT:
+        Raw::convert(words[i], low[i], high[i]);
+        break;
+      case QUANT_CUDA_LUT:
+        Lookup::convert(words[i], table, low[i], high[i]);
+        break;
+      default:
+        LookupAll::convert(words[i], table, low[i], high[i]);
+    }
+  }
+}
+
+// The segments of a worker as (tile, begin, end), at most `most`; how many there are. owner: of the
+// first unit of each segment's tile.
+int quant_simulate_work(int tiles, int blocks, int workers, int split, int worker, int most,
+                        int* segments, int* owner) {
+  const quant::Schedule schedule{tiles, 1, blocks, workers, split};
+  quant::Work work(schedule, worker);
+  quant::Segment segment;
+  int count = 0;
+  for (; count < most && work.next(segment); ++count) {
+    segments[3 * count] = segment.tile;
+    segments[3 * count + 1] = segment.begin;
+    segments[3 * count + 2] = segment.end;
+    owner[count] = split ? schedule.owner(int64_t{1} * segment.tile * blocks) : worker;
+  }
+  return count;
+}
+
 int quant_cuda_gemm_check(const QuantCudaGemm* gemm) { return quant::check(*gemm); }
 
 // Null where all threads ended, or what went wrong; a status of the check as "status N".
-const char* quant_simulate_gemm(const QuantCudaGemm* gemm, int resident, int late, unsigned seed) {
+const char* quant_simulate_gemm(const QuantCudaGemm* gemm, uint32_t* zeros, int resident, int late,
+                                unsigned seed) {
   using namespace quant;
+  flags = zeros;
   if (const int status = check(*gemm)) {
     failure = "status " + std::to_string(status);
     return failure.c_str();

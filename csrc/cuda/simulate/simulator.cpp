@@ -1,4 +1,4 @@
-#include "simulator.h"
+#include "cuda/simulate/simulator.h"
 
 #include <ucontext.h>
 
