@@ -9,8 +9,8 @@
 
 #include <cmath>
 
-#include "attention_params.h"
-#include "convert.cuh"
+#include "cuda/attention_params.h"
+#include "cuda/convert.cuh"
 
 namespace quant {
 

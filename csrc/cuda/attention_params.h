@@ -3,13 +3,14 @@
 
 #include <cstdint>
 
-#include "decode_schedule.h"
-#include "gemm_params.h"
+#include "cuda/decode_schedule.h"
+#include "cuda/gemm_params.h"
 
 namespace quant {
 
-constexpr int kTileQueries = 128;  // rows of a prefill block: tokens x heads of a KV head
-constexpr int kMostSequences = 1024;
+constexpr int kTileQueries = 128;      // rows of a prefill block: tokens x heads of a KV head
+constexpr int kMostSequences = 1024;   // of a decode step
+constexpr int kMostHeadsOfGroup = 16;  // query heads of a KV head, in decode
 
 // The paged cache of quant_kernels/packing.py, and the queries over it.
 struct AttentionParams {

@@ -2,13 +2,13 @@
 // without a GPU.
 #pragma once
 
-#include "attention_params.h"
-#include "gemm_plan.h"
+#include "cuda/attention_params.h"
+#include "cuda/decode_config.h"
+#include "cuda/gemm_plan.h"
 #include "quant_cuda.h"
 
 namespace quant {
 
-constexpr int kMostHeadsOfGroup = 16;  // of a KV head in decode
 constexpr float kLog2E = 1.4426950408889634f;
 
 constexpr bool has_attention(int head_dim) {
@@ -51,11 +51,11 @@ inline int64_t decode_workspace(const QuantCudaDecode& d) {
 inline int check(const QuantCudaDecode& d) {
   const QuantCudaAttention& a = d.attention;
   if (const int status = check(a)) return status;
-  if (a.heads / a.kv_heads > kMostHeadsOfGroup || a.batch > kMostSequences) {
+  if (decode_blocks(a.heads, a.kv_heads, a.head_dim) == 0 || a.batch > kMostSequences) {
     return QUANT_CUDA_NO_KERNEL;
   }
-  if (d.workers < 1) return QUANT_CUDA_BAD_SHAPE;
-  if (!d.workspace || !d.flags) return QUANT_CUDA_NULL_POINTER;
+  if (d.workers < 1 || d.workers > kMostFlags) return QUANT_CUDA_BAD_SHAPE;
+  if (!d.workspace) return QUANT_CUDA_NULL_POINTER;
   if (!aligned(d.workspace, 16)) return QUANT_CUDA_BAD_ALIGNMENT;
   return d.workspace_bytes < decode_workspace(d) ? QUANT_CUDA_SMALL_WORKSPACE : QUANT_CUDA_OK;
 }
@@ -93,11 +93,14 @@ inline PrefillParams plan(const QuantCudaPrefill& prefill) {
   p.tiles = ceil_div(prefill.max_query_len, p.tile_tokens);
   return p;
 }
-inline DecodeParams plan(const QuantCudaDecode& d) {
+inline int prefill_blocks(const PrefillParams& p) {
+  return p.tiles * p.shared.batch * p.shared.kv_heads;
+}
+inline DecodeParams plan(const QuantCudaDecode& d, uint32_t* flags) {
   DecodeParams p{};
   p.shared = plan(d.attention);
   p.partials = static_cast<float*>(d.workspace);
-  p.flags = d.flags;
+  p.flags = flags;
   p.workers = d.workers;
   return p;
 }

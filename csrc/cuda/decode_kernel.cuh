@@ -31,34 +31,12 @@
 // the order of its pages by its last one, through the L2.
 #pragma once
 
-#include "attention_codes.cuh"
-#include "rows.cuh"
+#include "cuda/attention_codes.cuh"
+#include "cuda/decode_config.h"
+#include "cuda/ring.cuh"
+#include "cuda/rows.cuh"
 
 namespace quant {
-
-constexpr int kDecodeWarps = 4, kDecodeConsumers = 32 * kDecodeWarps;
-constexpr int kDecodeThreads = kDecodeConsumers + 32;
-constexpr int kWarpTokens = kPage / kDecodeWarps;
-constexpr int kAllShared = 227 * 1024;
-
-// Of kHeadBlocks times 8 query heads of a KV head.
-template <int kDim_, int kHeadBlocks_>
-struct DecodeConfig {
-  static constexpr int kDim = kDim_, kHalf = kDim / 2;
-  static constexpr int kHeadBlocks = kHeadBlocks_, kHeads = 8 * kHeadBlocks;
-  static constexpr int kBlocks = kDim / 16;             // MMAs over D
-  static constexpr int kVector = kDim >= 128 ? 16 : 8;  // bytes of a row that a load takes
-  static constexpr int kCodeBytes = kPage * kHalf, kScaleBytes = kPage * 4;
-  static constexpr int kStageBytes = 2 * (kCodeBytes + kScaleBytes);
-  static constexpr int kStages = kDim == 64 ? 8 : kDim == 128 ? 6 : 4;
-  static constexpr int kPitch = kDim + 4;  // of a row of sums, with M and l behind them
-  static constexpr int kSumBytes = kDecodeWarps * kHeads * kPitch * 4;
-  static constexpr int kBarrierBytes = 512;
-  static constexpr int kSharedBytes =
-      kStages * kStageBytes + kSumBytes + kMostSequences * 4 + kBarrierBytes;
-  static constexpr int kFit = kAllShared / (kSharedBytes + 1024);
-  static constexpr int kBlocksPerSm = kFit < 4 ? kFit : 4;
-};
 
 template <class C>
 struct DecodeShared {
@@ -72,17 +50,6 @@ struct DecodeShared {
     ends = reinterpret_cast<int*>(reinterpret_cast<char*>(sums) + C::kSumBytes);
     full = reinterpret_cast<Barrier*>(ends + kMostSequences);
     empty = full + C::kStages;
-  }
-};
-
-template <int kStages>
-struct PageRing {
-  int stage = 0, parity = 0;
-  QUANT_DEVICE void advance() {
-    if (++stage == kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
   }
 };
 
@@ -106,7 +73,7 @@ QUANT_DEVICE void sum_pages(const AttentionParams& p, int lane, int* ends) {
 template <class C>
 QUANT_DEVICE void decode_producer(const AttentionParams& p, const DecodeShared<C>& shared,
                                   const DecodeSchedule& schedule, int worker, int lane) {
-  PageRing<C::kStages> ring;
+  Ring<C::kStages> ring;
   DecodeSegment segment;
   for (DecodeWork work(schedule, worker); work.next(segment);) {
     const int first = first_page(p.kv_lens[segment.sequence], p.window);
@@ -144,7 +111,7 @@ struct DecodeConsumer {
   const AttentionParams& p;
   const DecodeShared<C>& shared;
   int thread, warp, g, q;  // lane 4 g + q
-  PageRing<C::kStages> ring;
+  Ring<C::kStages> ring;
 
   uint32_t query[kHeadBlocks][kBlocks][2];  // Qc as B fragments: head g of every block
   State q_sum, unit, top, total, offsets;

@@ -12,7 +12,7 @@
 // begins with its last segment, and whoever is waited for has a lower index.
 #pragma once
 
-#include "schedule.h"
+#include "cuda/schedule.h"
 
 namespace quant {
 

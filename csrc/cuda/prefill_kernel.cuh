@@ -35,9 +35,9 @@
 // rows see need no mask.
 #pragma once
 
-#include "attention_codes.cuh"
-#include "prefill_layout.h"
-#include "rows.cuh"
+#include "cuda/attention_codes.cuh"
+#include "cuda/prefill_layout.h"
+#include "cuda/rows.cuh"
 
 namespace quant {
 

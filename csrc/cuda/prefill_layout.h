@@ -13,7 +13,7 @@
 // different banks. Scales are stored by slots: four neighbours are four of a thread's columns.
 #pragma once
 
-#include "schedule.h"
+#include "cuda/schedule.h"
 
 namespace quant {
 

@@ -9,7 +9,7 @@
 #define QUANT_CUDA_API __attribute__((visibility("default")))
 
 // Goes up with every change that an already built caller would notice.
-#define QUANT_CUDA_ABI_VERSION 2
+#define QUANT_CUDA_ABI_VERSION 3
 
 #include <stdint.h>
 
@@ -102,7 +102,6 @@ typedef struct {
 typedef struct {
   QuantCudaAttention attention;
   void* workspace;  // quant_cuda_decode_workspace bytes, aligned to 16
-  uint32_t* flags;  // `workers` zeros, which the kernel leaves as zeros; of this stream alone
   int64_t workspace_bytes;
   int workers;  // blocks that share the cache: quant_cuda_decode_blocks times multiprocessors
 } QuantCudaDecode;
@@ -112,7 +111,7 @@ QUANT_CUDA_API int quant_cuda_prefill_check(const QuantCudaPrefill* prefill);
 QUANT_CUDA_API int quant_cuda_decode_check(const QuantCudaDecode* decode);
 
 // Blocks of the decode kernel that a multiprocessor holds at once; 0 where there is no kernel.
-QUANT_CUDA_API int quant_cuda_decode_blocks(const QuantCudaDecode* decode);
+QUANT_CUDA_API int quant_cuda_decode_blocks(int heads, int kv_heads, int head_dim);
 
 // Bytes of workspace of a decode step, whatever its lengths.
 QUANT_CUDA_API int64_t quant_cuda_decode_workspace(const QuantCudaDecode* decode);

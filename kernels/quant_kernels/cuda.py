@@ -9,7 +9,7 @@ import functools
 
 from quant_kernels import native
 
-ABI = 2
+ABI = 3
 
 # QuantCudaStatus: the answers that mean "this machine has no GPU to offer".
 NO_DRIVER = -2
@@ -88,13 +88,3 @@ def library() -> ctypes.CDLL:
         ctypes.POINTER(ctypes.c_int),
     ]
     return library
-
-
-def library() -> ctypes.CDLL:
-    """libquant_cuda.so; LibraryMissing where it was not built."""
-    return _library()
-
-
-def error_string(status: int) -> str:
-    """One English sentence for a status."""
-    return _error_string(status)

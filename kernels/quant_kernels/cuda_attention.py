@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from quant_kernels import cuda
+from quant_kernels.cuda_gemm import TYPES, multiprocessors
 from quant_kernels.registration import OpError
 
 HEAD_DIMS = (64, 128, 256)
 MAX_GROUP = {"prefill_attention": 128, "decode_attention": 16}  # query heads of a KV head
 MAX_BATCH = 1024  # sequences of a decode step
 ROW_EXTRAS = 4  # behind the D sums of a row of workspace
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 BAD_ALIGNMENT = -6  # QuantCudaStatus
 
@@ -55,7 +54,6 @@ class Decode(ctypes.Structure):
     _fields_ = (
         ("attention", Attention),
         ("workspace", ctypes.c_void_p),
-        ("flags", ctypes.c_void_p),
         ("workspace_bytes", ctypes.c_int64),
         ("workers", ctypes.c_int),
     )
@@ -92,14 +90,14 @@ def decode_call(
     sm_scale: float,
     window: int,
     workspace: Tensor,
-    flags: Tensor,
+    workers: int,
 ) -> Decode:
-    """What the library is told; the tensors must outlive it. flags: one zero a worker."""
+    """What the library is told; the tensors must outlive it. workers: blocks of the launch."""
     attention = _attention(
         q_codes, q_scale, kv_codes, kv_scales, block_table, kv_lens, out, sm_scale, window
     )
     held = workspace.numel() * workspace.element_size()
-    return Decode(attention, workspace.data_ptr(), flags.data_ptr(), held, flags.numel())
+    return Decode(attention, workspace.data_ptr(), held, workers)
 
 
 def prefill_attention(
@@ -155,11 +153,9 @@ def decode_attention(
             f"{op} needs a workspace of {needed} bytes, got {held}; allocate "
             f"ops.workspace_bytes(device, attention={shape}) of them"
         )
-    stream = torch.cuda.current_stream(q_codes.device).cuda_stream
-    flags = _flags(q_codes.device, stream, worker_count(q_codes.device, heads, shape[2], dim))
     call = decode_call(
         q_codes, q_scale, kv_codes, kv_scales, block_table, kv_lens, out, sm_scale, window,
-        workspace, flags,
+        workspace, worker_count(q_codes.device, heads, shape[2], dim),
     )  # fmt: skip
     _start(op, call, q_codes.device)
 
@@ -175,9 +171,8 @@ def decode_workspace_bytes(
 @functools.cache
 def worker_count(device: torch.device, heads: int, kv_heads: int, head_dim: int) -> int:
     """Blocks that fit on the device at once."""
-    call = Decode(Attention(heads=heads, kv_heads=kv_heads, head_dim=head_dim))
-    blocks = int(_function("quant_cuda_decode_blocks")(ctypes.byref(call)))
-    return blocks * int(torch.cuda.get_device_properties(device).multi_processor_count)
+    blocks = int(cuda.library().quant_cuda_decode_blocks(heads, kv_heads, head_dim))
+    return blocks * multiprocessors(device)
 
 
 def _attention(
@@ -214,16 +209,10 @@ def _check_group(op: str, q_codes: Tensor, kv_codes: Tensor) -> None:
         )
 
 
-@functools.cache
-def _flags(device: torch.device, stream: int, workers: int) -> Tensor:
-    """Zeros, which every launch leaves as zeros; of one stream, whose launches do not overlap."""
-    return torch.zeros(workers, dtype=torch.int32, device=device)
-
-
 def _start(op: str, call: Prefill | Decode, device: torch.device) -> None:
-    index = torch.cuda.current_device() if device.index is None else device.index
-    stream = torch.cuda.current_stream(device).cuda_stream
-    status = _function(f"quant_cuda_{op}")(ctypes.byref(call), index, ctypes.c_void_p(stream))
+    stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
+    start = getattr(cuda.library(), f"quant_cuda_{op}")
+    status = start(ctypes.byref(call), device.index, stream)
     if status:
         raise OpError(f"{op}: {_explain(status, call.attention)}")
 
@@ -236,8 +225,3 @@ def _explain(status: int, call: Attention) -> str:
             f"{call.out_head}"
         )
     return cuda.error_string(status)
-
-
-@functools.cache
-def _function(name: str) -> Any:
-    return getattr(cuda.library(), name)

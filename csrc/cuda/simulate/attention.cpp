@@ -1,19 +1,20 @@
 // The attention kernels in the simulator, behind a C ABI for tests.
 #include <string>
 
-#include "attention_plan.h"
-#include "decode_kernel.cuh"
-#include "prefill_kernel.cuh"
+#include "cuda/attention_plan.h"
+#include "cuda/decode_kernel.cuh"
+#include "cuda/prefill_kernel.cuh"
 
 namespace quant {
 namespace {
 
 std::string failure;
+uint32_t* flags;
 
 template <int kDim, int kHeadBlocks>
 bool simulate(const QuantCudaDecode& d, Launch launch) {
   using C = DecodeConfig<kDim, kHeadBlocks>;
-  const DecodeParams p = plan(d);
+  const DecodeParams p = plan(d, flags);
   if (d.attention.head_dim != kDim || (p.shared.ratio + 7) / 8 != kHeadBlocks) return false;
   launch.blocks = p.workers;
   launch.threads = kDecodeThreads;
@@ -27,7 +28,7 @@ bool simulate(const QuantCudaPrefill& prefill, Launch launch) {
   using C = PrefillConfig<kDim>;
   if (prefill.attention.head_dim != kDim) return false;
   const PrefillParams p = plan(prefill);
-  launch.blocks = p.tiles * p.shared.batch * p.shared.kv_heads;
+  launch.blocks = prefill_blocks(p);
   launch.threads = kPrefillThreads;
   launch.shared_bytes = C::kSharedBytes;
   failure = run(launch, [&] { prefill_body<C>(p); });
@@ -55,14 +56,19 @@ extern "C" {
 
 int quant_cuda_prefill_check(const QuantCudaPrefill* prefill) { return quant::check(*prefill); }
 int quant_cuda_decode_check(const QuantCudaDecode* decode) { return quant::check(*decode); }
+int quant_cuda_decode_blocks(int heads, int kv_heads, int head_dim) {
+  return quant::decode_blocks(heads, kv_heads, head_dim);
+}
 int64_t quant_cuda_decode_workspace(const QuantCudaDecode* decode) {
   return quant::decode_workspace(*decode);
 }
 
 // Null where all threads ended, or what went wrong; a status of the check as "status N".
-const char* quant_simulate_decode(const QuantCudaDecode* decode, int resident, int late,
-                                  unsigned seed) {
+// zeros: one a worker, zeros again after.
+const char* quant_simulate_decode(const QuantCudaDecode* decode, uint32_t* zeros, int resident,
+                                  int late, unsigned seed) {
   using namespace quant;
+  flags = zeros;
   if (const int status = check(*decode)) return refused(status);
   const Launch launch = launch_of(resident, late, seed);
   failure = "no kernel";
