@@ -49,10 +49,44 @@ const char* refused(int status) {
   return failure.c_str();
 }
 
+template <int kDim>
+void layout(int* chunks, int* words) {
+  for (int i = 0; i < kPage * kDim / 32; ++i) {
+    const KeyChunk at = key_chunk<kDim>(i);
+    chunks[2 * i] = at.token;
+    chunks[2 * i + 1] = at.chunk;
+  }
+  for (int i = 0; i < kDim / 64 * 32; ++i) words[i] = value_word<kDim>(i % 32, i / 32);
+}
+
 }  // namespace
 }  // namespace quant
 
 extern "C" {
+
+// prefill_layout.h as tables: tokens, columns [64] of slots; (token, chunk) of every piece of keys;
+// words [rounds, 32] of values.
+void quant_prefill_layout(int head_dim, int* tokens, int* columns, int* chunks, int* words) {
+  using namespace quant;
+  for (int slot = 0; slot < kPage; ++slot) {
+    tokens[slot] = token_of_slot(slot);
+    columns[slot] = column_of_slot(slot);
+  }
+  head_dim == 64    ? layout<64>(chunks, words)
+  : head_dim == 128 ? layout<128>(chunks, words)
+                    : layout<256>(chunks, words);
+}
+
+// E4M3 and FP16 of the codes of four bytes: low nibbles, then high ones.
+void quant_attention_codes(const uint32_t* bytes, int64_t count, uint32_t* e4m3, uint32_t* halves) {
+  using namespace quant;
+  for (int64_t i = 0; i < count; ++i) {
+    e4m3[2 * i] = e4m3_of_low(bytes[i]);
+    e4m3[2 * i + 1] = e4m3_of_high(bytes[i]);
+    halves[2 * i] = halves_of_low(bytes[i]);
+    halves[2 * i + 1] = halves_of_high(bytes[i]);
+  }
+}
 
 int quant_cuda_prefill_check(const QuantCudaPrefill* prefill) { return quant::check(*prefill); }
 int quant_cuda_decode_check(const QuantCudaDecode* decode) { return quant::check(*decode); }
