@@ -9,283 +9,38 @@
 // rows, tokens x query heads of one KV head, which share every page:
 //
 //     warps 0-3, 4-7   64 rows each
-//     warps 8, 9       bulk copies of packed pages; K and scales to shared memory for MMAs
+//     warps 8, 9       bulk copies of packed pages; K and scales unpacked for MMAs
 //     warps 10, 11     V likewise, transposed on the way: FP8 MMAs want both operands K-major
 //
-//     time     --------------------------------------------------------------->
-//     copies   [  j+3  ][  j+4  ][  j+5  ]          packed pages, 3 or 4
-//     unpack   [  j+1  ][  j+2  ][  j+3  ]          K and V^T in E4M3, 4
-//     MMA      [ P V j-2 | Q K j ][ P V j-1 | Q K j+1 ]
-//     softmax      [   j - 1   ]      [     j     ]
-//     sum            [ j-2 ]            [ j-1 ]     O = O fade + part z / 256, in FP32
+// Three pages at a time, D = 128; a step of 64 rows:
 //
-// Groups of MMAs end in the order of their issue: P V (j-2), Q K (j). The softmax of j - 1 waits
-// until Q K (j-1) alone is done (two groups in flight), the sum until P V (j-2) is (one). With
-// head_dim 256 registers suffice for one S: then Q K (j+1) runs beside P V (j), in pieces of 64
+//     copies    packed pages j + 2 and further, 3 or 4 stages
+//     unpack    K and V^T of pages j + 1 to j + 3 in E4M3, 4 stages
+//     MMA       | P V j-2, channels 0-63 | P V j-2, 64-127 |
+//               |                        |              Q K j              |
+//     threads   | scale S j-1            | add, M j-1      | add, P j-1      |
+//
+// Groups of MMAs end in the order of their issue, and a wait leaves the later ones in flight.
+// head_dim 256 has registers for one S: then Q K (j + 1) runs beside P V (j), in pieces of 64
 // channels, and the two warpgroups fill each other's gaps.
 //
-// P V starts at zero for every page: the accumulators of FP8 tensor cores have about 14 bits.
+// P V starts at zero for every page and is added in FP32, O = O fade + part z / 256: accumulators
+// of FP8 tensor cores have about 14 bits. Sums are scaled only where M has changed.
 //
 // Budget per page of 64 tokens, D = 128, per SM and clock: 4096 products, so the MMAs take 512
-// clocks; 16 exponentials, so 8192 of them take 512; 128 lanes, so the 8 instructions for an S
-// take 512, the sums of O 128, and unpacking 16384 codes at 1.4 to 1.7 instructions 200: about 900
-// clocks of issue, which bound the kernel. Sums are scaled only where M has changed.
+// clocks; 16 exponentials, so 8192 of them take 512; 128 lanes, and a thread's page is 470
+// instructions (192 for scores, 130 for exponents and sums, 64 for P, 64 for O), so 256 of them
+// take 940, and the producers, at 11 instructions for 8 codes, another 200. Issue bounds the
+// kernel, at 45% of the MMAs' rate.
 //
 // Blocks start with the last tiles: for whole prompts, the longest first. A tile's pages that all
 // rows see need no mask.
 #pragma once
 
-#include "cuda/attention_codes.cuh"
-#include "cuda/prefill_layout.h"
+#include "cuda/prefill_unpack.cuh"
 #include "cuda/rows.cuh"
 
 namespace quant {
-
-constexpr int kPrefillConsumers = 256, kPrefillThreads = 384;
-constexpr int kGroupRows = 64;  // of a warpgroup
-constexpr int kGroupWarps = 4;
-constexpr int kKeyWarps = 2, kValueWarps = 2;
-constexpr int kPageStages = 4;  // of unpacked pages; in pairs, see PrefillShared
-
-// Of a page of the tile, counted from its first.
-constexpr int kBacks = 8;
-QUANT_DEVICE int stage_of(int n) { return n & (kPageStages - 1); }
-QUANT_DEVICE int parity_of(int n) { return n / kPageStages & 1; }
-
-template <int kDim_>
-struct PrefillConfig {
-  static constexpr int kDim = kDim_, kHalf = kDim / 2;
-  static constexpr bool kThreeStages = kDim <= 128;
-  static constexpr int kPiece = 64;  // channels of a P V
-  static constexpr int kPieces = kDim / kPiece;
-  static constexpr int kSlabs = (kDim + 127) / 128;  // of 128 bytes of a row of Q and K
-  static constexpr int kSlabBytes = kGroupRows * 128;
-  static constexpr int kCodeBytes = kPage * kHalf, kScaleBytes = kPage * 4;
-  static constexpr int kPackedBytes = 2 * (kCodeBytes + kScaleBytes);
-  static constexpr int kPackedStages = kDim == 256 ? 3 : 4;
-  static constexpr int kQueryBytes = 2 * kSlabs * kSlabBytes;
-  static constexpr int kTileBytes = kPage * kDim;  // of a page's K, and of its V
-  static constexpr int kPlaneBytes = 4 * kPage * 4;
-  // Of values of head_dim 64 one warp unpacks every other page.
-  static constexpr int kValueArrivals = kDim == 64 ? 1 : kValueWarps;
-  static constexpr int kRowBytes = 3 * kTileQueries * 4, kBarrierBytes = 1024;
-  static constexpr int kSharedBytes = kQueryBytes + 2 * kPageStages * kTileBytes +
-                                      kPackedStages * kPackedBytes + kPageStages * kPlaneBytes +
-                                      kRowBytes + kBarrierBytes;
-  static_assert(kSharedBytes <= 227 * 1024, "shared memory does not suffice");
-};
-
-// A tile of queries, and pages [begin, end) that some of its rows see.
-struct PrefillTile {
-  int sequence, head;
-  int start, tokens;   // of queries in q; tokens: up to tile_tokens, 0 where there are none
-  int first_position;  // of the first one
-  int kv_len, begin, end;
-};
-
-// Tiles have rows of 128 bytes. V^T [D, 64] fills half of them, and so does K of head_dim 64: two
-// stages lie beside each other.
-template <class C>
-struct PrefillShared {
-  char *queries, *keys, *values, *packed;
-  float* planes;  // [kPageStages, 4, kPage]: of K scale and offset, of V weight and offset
-  float *row_sum, *row_unit;  // [kTileQueries]
-  int* row_position;          // [kTileQueries], of its token; -1: sees nothing
-  float* back;                // [kBacks]: from P V to O, longer than the stage of K
-  PrefillTile* tile;
-  Barrier *packed_full, *packed_empty, *key_full, *key_empty, *value_full, *value_empty;
-  QUANT_DEVICE explicit PrefillShared(char* base) {
-    queries = base;
-    keys = queries + C::kQueryBytes;
-    values = keys + kPageStages * C::kTileBytes;
-    packed = values + kPageStages * C::kTileBytes;
-    planes = reinterpret_cast<float*>(packed + C::kPackedStages * C::kPackedBytes);
-    row_sum = planes + kPageStages * 4 * kPage;
-    row_unit = row_sum + kTileQueries;
-    row_position = reinterpret_cast<int*>(row_unit + kTileQueries);
-    back = row_unit + 2 * kTileQueries;
-    tile = reinterpret_cast<PrefillTile*>(back + kBacks);
-    packed_full = reinterpret_cast<Barrier*>(tile + 2);
-    packed_empty = packed_full + C::kPackedStages;
-    key_full = packed_empty + C::kPackedStages;
-    key_empty = key_full + kPageStages;
-    value_full = key_empty + kPageStages;
-    value_empty = value_full + kPageStages;
-  }
-  QUANT_DEVICE char* key_tile(int stage) const {
-    return C::kDim == 64 ? keys + stage / 2 * C::kSlabBytes : keys + stage * C::kTileBytes;
-  }
-  static QUANT_DEVICE int key_byte(int stage) { return C::kDim == 64 ? stage % 2 * 64 : 0; }
-  QUANT_DEVICE char* value_tile(int stage) const { return values + stage / 2 * 2 * C::kTileBytes; }
-  static QUANT_DEVICE int value_byte(int stage) { return stage % 2 * 64; }
-};
-
-QUANT_DEVICE PrefillTile prefill_tile(const PrefillParams& params, int block) {
-  const AttentionParams& p = params.shared;
-  PrefillTile tile{};
-  tile.head = block % p.kv_heads;
-  tile.sequence = block / p.kv_heads % p.batch;
-  const int first = (params.tiles - 1 - block / p.kv_heads / p.batch) * params.tile_tokens;
-  const int start = params.cu_seqlens[tile.sequence];
-  const int left = params.cu_seqlens[tile.sequence + 1] - start - first;
-  tile.kv_len = p.kv_lens[tile.sequence];
-  tile.start = start + first;
-  tile.tokens = left < params.tile_tokens ? (left < 0 ? 0 : left) : params.tile_tokens;
-  tile.first_position = tile.kv_len - left;
-  const int last = tile.first_position + tile.tokens - 1;
-  tile.end = last < 0 ? 0 : last / kPage + 1;
-  tile.begin = oldest_key(tile.first_position, p.window) / kPage;
-  if (tile.begin > tile.end) tile.begin = tile.end;
-  return tile;
-}
-
-// --- the producers: two warps for K, two for V ---
-template <class C>
-struct PrefillProducer {
-  const AttentionParams& p;
-  const PrefillShared<C>& shared;
-  const PrefillTile& tile;
-  int warp, lane;
-  int ids;  // of pages, one a lane
-
-  // By warp 0, page after page.
-  QUANT_DEVICE void load(int i) {
-    const int stage = i % C::kPackedStages, parity = i / C::kPackedStages & 1;
-    const int* table = p.block_table + tile.sequence * p.table_row + tile.begin;
-    if (i % 32 == 0 && i + lane < tile.end - tile.begin) ids = table[i + lane];
-    const int64_t row = (int64_t{1} * shuffle(ids, i % 32) * p.kv_heads + tile.head) * kPage;
-    barrier_wait(shared.packed_empty + stage, parity ^ 1);
-    if (lane != 0) return;
-    Barrier* full = shared.packed_full + stage;
-    char* to = shared.packed + stage * C::kPackedBytes;
-    barrier_expect(full, C::kPackedBytes);
-    QUANT_UNROLL for (int kind = 0; kind < 2; ++kind) {
-      const int64_t from = row + kind * p.value_rows;
-      copy_bulk(to + kind * C::kCodeBytes, p.kv + from * C::kHalf, C::kCodeBytes, full,
-                Keep::last_out);
-      copy_bulk(to + 2 * C::kCodeBytes + kind * C::kScaleBytes, p.kv_scales + from, C::kScaleBytes,
-                full, Keep::last_out);
-    }
-  }
-
-  static QUANT_DEVICE void store_key(char* to, int column, int byte, const uint4& codes) {
-    char* slab = to + byte / 128 * C::kSlabBytes;
-    *reinterpret_cast<uint4*>(slab + swizzled_place(column, byte % 128)) = codes;
-  }
-  QUANT_DEVICE void unpack_keys(const char* codes, int stage) const {
-    char* to = shared.key_tile(stage);
-    const int first = shared.key_byte(stage);
-    QUANT_UNROLL for (int i = 0; i < C::kDim / 32; ++i) {
-      const KeyChunk at = key_chunk<C::kDim>(i * 64 + warp * 32 + lane);
-      const uint4 x = *reinterpret_cast<const uint4*>(codes + at.token * C::kHalf + 16 * at.chunk);
-      const int column = column_of_slot(slot_of_token(at.token)), byte = first + 16 * at.chunk;
-      store_key(to, column, byte,
-                {e4m3_of_low(x.x), e4m3_of_low(x.y), e4m3_of_low(x.z), e4m3_of_low(x.w)});
-      store_key(to, column, byte + C::kHalf,
-                {e4m3_of_high(x.x), e4m3_of_high(x.y), e4m3_of_high(x.z), e4m3_of_high(x.w)});
-    }
-  }
-  // What lies behind the last key may be anything, and 0 times NaN is NaN.
-  QUANT_DEVICE uint32_t stored(const char* pairs, int first_key, int token) const {
-    return first_key + token < tile.kv_len ? reinterpret_cast<const uint32_t*>(pairs)[token] : 0;
-  }
-  QUANT_DEVICE void unpack_scales(const char* pairs, int page) const {
-    const int first_key = (tile.begin + page) * kPage, stage = stage_of(page);
-    const char* of_values = pairs + C::kScaleBytes;
-    float largest = 0;
-    QUANT_UNROLL for (int i = 0; i < 2; ++i) {
-      largest = fmaxf(largest, fabsf(scale_of(stored(of_values, first_key, 32 * i + lane))));
-    }
-    QUANT_UNROLL for (int mask = 1; mask < 32; mask *= 2) {
-      largest = fmaxf(largest, shuffle_xor(largest, mask));
-    }
-    const float z = power_of_two_above(largest);
-    const int slot = 32 * warp + lane, token = token_of_slot(slot);
-    const uint32_t key = stored(pairs, first_key, token);
-    const uint32_t value = stored(of_values, first_key, token);
-    float* plane = shared.planes + stage * 4 * kPage + slot;
-    plane[0] = scale_of(key) * kCodeUnit;
-    plane[kPage] = offset_of(key);
-    plane[2 * kPage] = scale_of(value) * (kRangeOfP * reciprocal_of_power_of_two(z));
-    plane[3 * kPage] = offset_of(value);
-    if (slot == 0) shared.back[page & (kBacks - 1)] = z * (kCodeUnit / kRangeOfP);
-  }
-  // Four tokens of four bytes: x[i] byte j becomes x[j] byte i.
-  static QUANT_DEVICE void transpose_bytes(uint32_t* x) {
-    const uint32_t a = permute(x[0], x[1], 0x5140), b = permute(x[0], x[1], 0x7362);
-    const uint32_t c = permute(x[2], x[3], 0x5140), d = permute(x[2], x[3], 0x7362);
-    x[0] = permute(a, c, 0x5410);
-    x[1] = permute(a, c, 0x7632);
-    x[2] = permute(b, d, 0x5410);
-    x[3] = permute(b, d, 0x7632);
-  }
-  // Sixteen tokens of eight channels.
-  QUANT_DEVICE void unpack_values(const char* codes, int stage, int round) const {
-    const int word = value_word<C::kDim>(lane, round);
-    char* to = shared.value_tile(stage);
-    const int byte = shared.value_byte(stage) + ((lane & 3) << 4);
-    uint32_t x[16];
-    const char* from = codes + (lane & 3) * C::kHalf + 4 * word;  // slot 16 t + i is token 4 i + t
-    QUANT_UNROLL for (int i = 0; i < 16; ++i) {
-      x[i] = *reinterpret_cast<const uint32_t*>(from + token_of_slot(i) * C::kHalf);
-    }
-    QUANT_UNROLL for (int i = 0; i < 16; i += 4) transpose_bytes(x + i);
-    QUANT_UNROLL for (int j = 0; j < 4; ++j) {
-      const int channel = 4 * word + j;
-      const uint4 low = {e4m3_of_low(x[j]), e4m3_of_low(x[4 + j]), e4m3_of_low(x[8 + j]),
-                         e4m3_of_low(x[12 + j])};
-      const uint4 high = {e4m3_of_high(x[j]), e4m3_of_high(x[4 + j]), e4m3_of_high(x[8 + j]),
-                          e4m3_of_high(x[12 + j])};
-      *reinterpret_cast<uint4*>(to + swizzled_place(channel, byte)) = low;
-      *reinterpret_cast<uint4*>(to + swizzled_place(channel + C::kHalf, byte)) = high;
-    }
-  }
-
-  // Written by this warp: seen by MMAs behind `full`. Read by it: free behind `empty`.
-  QUANT_DEVICE void pass_on(Barrier* full, Barrier* empty) const {
-    fence_async();
-    warp_sync();
-    if (lane != 0) return;
-    barrier_arrive(full);
-    barrier_arrive(empty);
-  }
-  QUANT_DEVICE void run_keys() {
-    const int pages = tile.end - tile.begin;
-    if (warp == 0) {
-      for (int i = 0; i < C::kPackedStages - 1 && i < pages; ++i) load(i);
-    }
-    for (int i = 0; i < pages; ++i) {
-      forget(lane);  // there are few registers: addresses are made anew for every page
-      if (warp == 0 && i + C::kPackedStages - 1 < pages) load(i + C::kPackedStages - 1);
-      const int from = i % C::kPackedStages, stage = stage_of(i);
-      const char* packed = shared.packed + from * C::kPackedBytes;
-      barrier_wait(shared.packed_full + from, i / C::kPackedStages & 1);
-      barrier_wait(shared.key_empty + stage, parity_of(i) ^ 1);
-      unpack_keys(packed, stage);
-      unpack_scales(packed + 2 * C::kCodeBytes, i);
-      pass_on(shared.key_full + stage, shared.packed_empty + from);
-    }
-  }
-  QUANT_DEVICE void run_values() {
-    constexpr int kStep = C::kDim == 64 ? kValueWarps : 1;
-    const int mine = warp - kKeyWarps, pages = tile.end - tile.begin;
-    for (int i = kStep == 1 ? 0 : mine; i < pages; i += kStep) {
-      forget(lane);
-      const int from = i % C::kPackedStages, stage = stage_of(i);
-      const char* packed = shared.packed + from * C::kPackedBytes + C::kCodeBytes;
-      barrier_wait(shared.packed_full + from, i / C::kPackedStages & 1);
-      barrier_wait(shared.value_empty + stage, parity_of(i) ^ 1);
-      if constexpr (C::kDim == 64) {
-        unpack_values(packed, stage, 0);
-      } else {
-        for (int round = mine; round < C::kDim / 64; round += kValueWarps) {
-          unpack_values(packed, stage, round);
-        }
-      }
-      pass_on(shared.value_full + stage, shared.packed_empty + from);
-    }
-  }
-};
 
 // --- the consumers: two warpgroups ---
 template <class C>
@@ -620,21 +375,6 @@ struct PrefillConsumer {
     store();
   }
 };
-
-template <class C>
-QUANT_DEVICE void init_barriers(const PrefillShared<C>& shared) {
-  for (int stage = 0; stage < C::kPackedStages; ++stage) {
-    barrier_init(shared.packed_full + stage, 1);
-    barrier_init(shared.packed_empty + stage, kKeyWarps + C::kValueArrivals);
-  }
-  for (int stage = 0; stage < kPageStages; ++stage) {
-    barrier_init(shared.key_full + stage, kKeyWarps);
-    barrier_init(shared.key_empty + stage, 2 * kGroupWarps);
-    barrier_init(shared.value_full + stage, C::kValueArrivals);
-    barrier_init(shared.value_empty + stage, 2 * kGroupWarps);
-  }
-  barrier_init_fence();
-}
 
 template <class C>
 QUANT_DEVICE void prefill_body(const PrefillParams& params) {
