@@ -4,7 +4,8 @@
 // complement. Instructions for eight codes:
 //
 //   e4m3_of_low, e4m3_of_high   11   E4M3 of q 2^-9: a byte of sign and magnitude m <= 8
-//   halves_of_low, .._high       9   FP16: 0x6400 | u is 1024 + u, and u = q + 8 is q ^ 8
+//   halves_of_low, .._high       5   FP16 of (q + 8) 2^-24 or 2^-20: subnormal numbers, exact in
+//   MMAs
 #pragma once
 
 #include <cmath>
@@ -31,14 +32,14 @@ QUANT_DEVICE uint32_t e4m3_of_high(uint32_t bytes) {
   return e4m3_of_nibbles(bytes >> 4 & 0x0F0F0F0F, bytes >> 7 & kBytes);
 }
 
-// --- the codes of bytes 0 and 2, as FP16 ---
+// --- the codes of bytes 0 and 2, in FP16: q + 8 is q ^ 8, and a small integer in the mantissa of a
+// subnormal number is itself times 2^-24. Sums in FP32 bear that the codes are not centred. ---
+constexpr float kCentre = 8, kLowUnit = 0x1p24f, kHighUnit = 0x1p20f;
 QUANT_DEVICE uint32_t halves_of_low(uint32_t bytes) {
-  constexpr uint32_t kOne = 0x3C003C00, kMinus1032 = 0xE408E408;
-  return multiply_add_halves(lop3<kAndXor>(bytes, 0x000F000F, 0x64086408), kOne, kMinus1032);
+  return lop3<kAndXor>(bytes, 0x000F000F, 0x00080008);
 }
 QUANT_DEVICE uint32_t halves_of_high(uint32_t bytes) {
-  constexpr uint32_t kSixteenth = 0x2C002C00, kMinus72 = 0xD480D480;
-  return multiply_add_halves(lop3<kAndXor>(bytes, 0x00F000F0, 0x64806480), kSixteenth, kMinus72);
+  return lop3<kAndXor>(bytes, 0x00F000F0, 0x00800080);
 }
 
 // --- numbers ---
@@ -53,11 +54,13 @@ QUANT_DEVICE float float_of(uint32_t bits) {
   return x;
 }
 QUANT_DEVICE float infinity() { return float_of(0x7F800000); }
-// A row's scale and offset.
-QUANT_DEVICE float scale_of(uint32_t pair) { return to_float(Fp16{static_cast<uint16_t>(pair)}); }
-QUANT_DEVICE float offset_of(uint32_t pair) {
+QUANT_DEVICE float low_half(uint32_t pair) { return to_float(Fp16{static_cast<uint16_t>(pair)}); }
+QUANT_DEVICE float high_half(uint32_t pair) {
   return to_float(Fp16{static_cast<uint16_t>(pair >> 16)});
 }
+// A row's scale and offset.
+QUANT_DEVICE float scale_of(uint32_t pair) { return low_half(pair); }
+QUANT_DEVICE float offset_of(uint32_t pair) { return high_half(pair); }
 // z: the least power of two that is not below x, within what FP16 has.
 QUANT_DEVICE float power_of_two_above(float x) {
   const float bounded = fminf(fmaxf(x, 0x1p-24f), 0x1p16f);
@@ -67,7 +70,7 @@ QUANT_DEVICE float reciprocal_of_power_of_two(float z) { return float_of(0x7F000
 // The sum of four E4M3 codes.
 QUANT_DEVICE float sum_of_e4m3(uint32_t codes) {
   const uint32_t low = halves_of_e4m3(codes), high = halves_of_e4m3(codes >> 16);
-  return (scale_of(low) + offset_of(low)) + (scale_of(high) + offset_of(high));
+  return (low_half(low) + high_half(low)) + (low_half(high) + high_half(high));
 }
 
 // --- which keys a query at a position sees: [oldest, position] ---

@@ -22,9 +22,10 @@ struct DecodeConfig {
   static constexpr int kStages = kDim == 64 ? 8 : kDim == 128 ? 6 : 4;
   static constexpr int kPitch = kDim + 4;  // of a row of sums, with M and l behind them
   static constexpr int kSumBytes = kDecodeWarps * kHeads * kPitch * 4;
+  static constexpr int kRowBytes = kDecodeWarps * 2 * kHeads * 4;
   static constexpr int kBarrierBytes = 512;
   static constexpr int kSharedBytes =
-      kStages * kStageBytes + kSumBytes + kMostSequences * 4 + kBarrierBytes;
+      kStages * kStageBytes + kSumBytes + kMostSequences * 4 + kRowBytes + kBarrierBytes;
   static constexpr int kFit = kAllShared / (kSharedBytes + 1024);
   static constexpr int kBlocksPerSm = kFit < 4 ? kFit : 4;
 };

@@ -10,8 +10,10 @@
 //     S^T [16 tokens, 8 heads]  = K [16, D] Qc^T [D, 8]      P^T: C fragment -> movmatrix -> B
 //     O^T [D, 8 heads]         += V^T [D, 16 tokens] P^T [16, 8]
 //
-// FP16 holds codes, E4M3 queries and E4M3 P exactly. FP8 warp MMAs gain nothing: on sm_90 they
-// are FP16 ones after a conversion. WGMMA would fill 8 of 64 rows and wants V transposed first.
+// FP16 holds E4M3 queries, E4M3 P and codes exactly: a code is q + 8 in the mantissa of a subnormal
+// number, one instruction for two, and 8 sum(Qc) and 8 sum(P) are taken off in FP32. FP8 warp MMAs
+// gain nothing: on sm_90 they are FP16 ones after a conversion. WGMMA would fill 8 of 64 rows and
+// wants V transposed first.
 //
 //     warp 4       pages to a ring of S stages: bulk copies of K, V, and of both's scales
 //     warps 0-3    16 tokens of every page each, with an M, l and O^T of their own; no warp waits
@@ -23,8 +25,9 @@
 //     warp 1      [     j     ][     j + 1     ]...         fill each other's gaps
 //
 // Budget, H200, D = 128, per SM: a page is 8.7 KB, 435 clocks at 20 bytes of DRAM a clock, in which
-// 1740 instructions issue. It takes about 290 for K's codes and 320 for V's (9 and 10 for 8 codes),
-// 64 MMAs of 2 clocks, and 4 * 110 for scores, P and rescaling: about 1100 in all.
+// 1740 instructions issue. Four warps take 290 each: 90 for codes (5 for 8 of K, 6 for 8 of V), 16
+// MMAs of 2 clocks, the rest for scores, M and P. D = 64 has half the bytes and 230 a warp: there
+// issue is as short as DRAM.
 //
 // z is a running power of two like M: sums are scaled when one of them changes, which is rare.
 // Workers split the cache evenly (decode_schedule.h); a segment that several share is added in
@@ -42,12 +45,14 @@ template <class C>
 struct DecodeShared {
   char* stages;  // codes of K, of V, scales of K, of V
   float* sums;   // [kDecodeWarps, kHeads, kPitch]
+  float* rows;   // [kDecodeWarps, 2, kHeads]: sums of queries, and units of their scores
   int* ends;     // [kMostSequences]
   Barrier *full, *empty;
   QUANT_DEVICE explicit DecodeShared(char* base) {
     stages = base;
     sums = reinterpret_cast<float*>(base + C::kStages * C::kStageBytes);
-    ends = reinterpret_cast<int*>(reinterpret_cast<char*>(sums) + C::kSumBytes);
+    rows = sums + C::kSumBytes / 4;
+    ends = reinterpret_cast<int*>(rows + C::kRowBytes / 4);
     full = reinterpret_cast<Barrier*>(ends + kMostSequences);
     empty = full + C::kStages;
   }
@@ -114,7 +119,8 @@ struct DecodeConsumer {
   Ring<C::kStages> ring;
 
   uint32_t query[kHeadBlocks][kBlocks][2];  // Qc as B fragments: head g of every block
-  State q_sum, unit, top, total, offsets;
+  State top, total, offsets;
+  State weights;  // the sum of P, whose codes are 8 too large; in units of z / 256, as sum
   float sum[kHeadBlocks][kBlocks][4];  // O^T in units of z / 256
   float z;
 
@@ -136,6 +142,11 @@ struct DecodeConsumer {
     return w / kWords * 4 * C::kVector + q * C::kVector + w % kWords * 4;
   }
 
+  // Codes of high nibbles come out 16 times too large, so their queries are 16 times smaller.
+  static QUANT_DEVICE uint32_t query_operand(uint32_t codes, int high) {
+    const uint32_t halves = halves_of_e4m3(codes);
+    return high ? multiply_add_halves(halves, 0x2C002C00, 0) : halves;
+  }
   QUANT_DEVICE void load_queries(const DecodeSegment& segment) {
     const int64_t token = segment.sequence;
     QUANT_UNROLL for (int block = 0; block < kHeadBlocks; ++block) {
@@ -146,28 +157,31 @@ struct DecodeConsumer {
       QUANT_UNROLL for (int w = 0; w < kBlocks / 2; ++w) {
         QUANT_UNROLL for (int high = 0; high < 2; ++high) {
           uint32_t word = 0;
-          if (held) memcpy(&word, from + byte_of(w) + high * C::kHalf, sizeof word);
+          if (held) word = *reinterpret_cast<const uint32_t*>(from + byte_of(w) + high * C::kHalf);
           codes += sum_of_e4m3(word);
           const uint32_t order = permute(word, word, 0x3120);  // pairs of bytes 0, 2 and 1, 3
-          query[block][2 * w + high][0] = halves_of_e4m3(order);
-          query[block][2 * w + high][1] = halves_of_e4m3(order >> 16);
+          query[block][2 * w + high][0] = query_operand(order, high);
+          query[block][2 * w + high][1] = query_operand(order >> 16, high);
         }
       }
       codes += shuffle_xor(codes, 1);
       codes += shuffle_xor(codes, 2);
-      float scale = held ? p.q_scale[token * p.q_scale_token + head] * p.scale : 1.0f;
-      QUANT_UNROLL for (int i = 0; i < 2; ++i) {
-        q_sum[block][i] = shuffle(codes, 4 * (2 * q + i));
-        unit[block][i] = shuffle(scale, 4 * (2 * q + i));
+      if (q == 0) {
+        row_sums()[index] = codes;
+        row_units()[index] = held ? p.q_scale[token * p.q_scale_token + head] * p.scale : 1.0f;
       }
     }
+    warp_sync();
   }
+  // Of this warp, by head: there are few registers.
+  QUANT_DEVICE float* row_sums() const { return shared.rows + warp * 2 * C::kHeads; }
+  QUANT_DEVICE float* row_units() const { return row_sums() + C::kHeads; }
   QUANT_DEVICE void clear() {
     z = 0x1p-24f;
     QUANT_UNROLL for (int block = 0; block < kHeadBlocks; ++block) {
       QUANT_UNROLL for (int i = 0; i < 2; ++i) {
         top[block][i] = kLowest;
-        total[block][i] = offsets[block][i] = 0;
+        total[block][i] = offsets[block][i] = weights[block][i] = 0;
       }
       QUANT_UNROLL for (int b = 0; b < kBlocks; ++b) {
         QUANT_UNROLL for (int i = 0; i < 4; ++i) sum[block][b][i] = 0;
@@ -223,12 +237,14 @@ struct DecodeConsumer {
       const bool seen = at >= oldest && at < length;
       // What lies behind the last key may be anything, and 0 times NaN is NaN.
       const uint32_t of_key = seen ? pairs[token] : 0, of_value = seen ? pairs[kPage + token] : 0;
+      const float k_scale = scale_of(of_key) * kLowUnit;
+      const float k_offset = offset_of(of_key) - kCentre * scale_of(of_key);
       v_scale[i] = scale_of(of_value);
       v_offset[i] = offset_of(of_value);
       QUANT_UNROLL for (int block = 0; block < kHeadBlocks; ++block) {
         QUANT_UNROLL for (int h = 0; h < 2; ++h) {
           float& x = score[block][2 * i + h];
-          x = x * scale_of(of_key) + q_sum[block][h] * offset_of(of_key);
+          x = x * k_scale + row_sums()[8 * block + 2 * q + h] * k_offset;
           if (!seen) x = -infinity();
         }
       }
@@ -238,12 +254,13 @@ struct DecodeConsumer {
     const float weight = kRangeOfP * reciprocal_of_power_of_two(new_z);
     const float of_z = z * reciprocal_of_power_of_two(new_z);
     State fade;
+    uint32_t rounded[kHeadBlocks][2];
     bool changed = new_z != z;
     z = new_z;
     QUANT_UNROLL for (int block = 0; block < kHeadBlocks; ++block) {
       QUANT_UNROLL for (int h = 0; h < 2; ++h) {
         float &near = score[block][h], &far = score[block][2 + h];
-        const float u = unit[block][h], old = top[block][h];
+        const float u = row_units()[8 * block + 2 * q + h], old = top[block][h];
         const float now = fmaxf(old, ceilf(over_tokens(fmaxf(near, far)) * u));
         fade[block][h] = exponential2(old - now);
         changed |= now != old;
@@ -257,44 +274,57 @@ struct DecodeConsumer {
       const float w0 = v_scale[0] * weight, w1 = v_scale[1] * weight;
       const uint32_t codes = to_e4m3(score[block][0] * w0, score[block][1] * w0,
                                      score[block][2] * w1, score[block][3] * w1);
-      operand[block][0] = transpose(halves_of_e4m3(codes));
-      operand[block][1] = transpose(halves_of_e4m3(codes >> 16));
+      rounded[block][0] = halves_of_e4m3(codes);
+      rounded[block][1] = halves_of_e4m3(codes >> 16);
+      QUANT_UNROLL for (int i = 0; i < 2; ++i) operand[block][i] = transpose(rounded[block][i]);
     }
     if (any_of_warp(changed)) {
       QUANT_UNROLL for (int block = 0; block < kHeadBlocks; ++block) {
+        QUANT_UNROLL for (int h = 0; h < 2; ++h) weights[block][h] *= fade[block][h] * of_z;
         QUANT_UNROLL for (int b = 0; b < kBlocks; ++b) {
           QUANT_UNROLL for (int i = 0; i < 4; ++i) sum[block][b][i] *= fade[block][i % 2] * of_z;
         }
       }
     }
+    QUANT_UNROLL for (int block = 0; block < kHeadBlocks; ++block) {
+      weights[block][0] += low_half(rounded[block][0]) + low_half(rounded[block][1]);
+      weights[block][1] += high_half(rounded[block][0]) + high_half(rounded[block][1]);
+    }
   }
 
   // Block b of the sums: channels g D/16 + b (rows g), and D/2 more (rows g + 8).
   QUANT_DEVICE void multiply_values(const char* codes, const uint32_t (&operand)[kHeadBlocks][2]) {
-    constexpr int kWords = kBlocks / 4;
+    constexpr int kAll = kBlocks / 4, kWords = kAll < 2 ? kAll : 2;  // of a token; in a load
     struct alignas(4 * kWords) Words {
       uint32_t x[kWords];
     };
     const char* row = codes + kWarpTokens * warp * C::kHalf + g * kBlocks;
-    Words of[4];
-    QUANT_UNROLL for (int i = 0; i < 4; ++i) {
-      const int token = token_of(2 * q + i % 2 + i / 2 * 8);
-      of[i] = *reinterpret_cast<const Words*>(row + token * C::kHalf);
+    QUANT_UNROLL for (int load = 0; load < kAll / kWords; ++load) {
+      Words of[4];
+      QUANT_UNROLL for (int i = 0; i < 4; ++i) {
+        const int token = token_of(2 * q + i % 2 + i / 2 * 8);
+        of[i] = *reinterpret_cast<const Words*>(row + token * C::kHalf + 4 * kWords * load);
+      }
+      QUANT_UNROLL for (int w = 0; w < kWords; ++w) {
+        const uint32_t four[4] = {of[0].x[w], of[1].x[w], of[2].x[w], of[3].x[w]};
+        multiply_word(load * kWords + w, four, operand);
+      }
     }
-    QUANT_UNROLL for (int w = 0; w < kWords; ++w) {
-      QUANT_UNROLL for (int half = 0; half < 2; ++half) {  // bytes 0, 1 of two tokens, then 2, 3
-        constexpr uint32_t kBytesOf[2] = {0x5410, 0x7632};
-        uint32_t near = permute(of[0].x[w], of[1].x[w], kBytesOf[half]);
-        uint32_t far = permute(of[2].x[w], of[3].x[w], kBytesOf[half]);
-        QUANT_UNROLL for (int i = 0; i < 2; ++i) {
-          const uint32_t a[4] = {halves_of_low(near), halves_of_high(near), halves_of_low(far),
-                                 halves_of_high(far)};
-          QUANT_UNROLL for (int block = 0; block < kHeadBlocks; ++block) {
-            warp_mma(sum[block][4 * w + 2 * half + i], a, operand[block]);
-          }
-          near >>= 8;
-          far >>= 8;
+  }
+  // A word of four tokens: channels 4 w .. 4 w + 3 of a row's D/16, and D/2 more.
+  QUANT_DEVICE void multiply_word(int w, const uint32_t (&of)[4],
+                                  const uint32_t (&operand)[kHeadBlocks][2]) {
+    QUANT_UNROLL for (int half = 0; half < 2; ++half) {  // bytes 0, 1 of two tokens, then 2, 3
+      uint32_t near = permute(of[0], of[1], half == 0 ? 0x5410 : 0x7632);
+      uint32_t far = permute(of[2], of[3], half == 0 ? 0x5410 : 0x7632);
+      QUANT_UNROLL for (int i = 0; i < 2; ++i) {
+        const uint32_t a[4] = {halves_of_low(near), halves_of_high(near), halves_of_low(far),
+                               halves_of_high(far)};
+        QUANT_UNROLL for (int block = 0; block < kHeadBlocks; ++block) {
+          warp_mma(sum[block][4 * w + 2 * half + i], a, operand[block]);
         }
+        near >>= 8;
+        far >>= 8;
       }
     }
   }
@@ -322,11 +352,12 @@ struct DecodeConsumer {
     QUANT_UNROLL for (int block = 0; block < kHeadBlocks; ++block) {
       QUANT_UNROLL for (int h = 0; h < 2; ++h) {
         const float l = sum_over_tokens(total[block][h]);
-        const float offset = sum_over_tokens(offsets[block][h]);
+        const float offset =
+            sum_over_tokens(offsets[block][h] - weights[block][h] * (kCentre * back));
         float* row = row_of(warp, 8 * block + 2 * q + h);
         QUANT_UNROLL for (int b = 0; b < kBlocks; ++b) {
-          row[g * kBlocks + b] = sum[block][b][h] * back + offset;
-          row[g * kBlocks + b + C::kHalf] = sum[block][b][2 + h] * back + offset;
+          row[g * kBlocks + b] = sum[block][b][h] * (back * kLowUnit) + offset;
+          row[g * kBlocks + b + C::kHalf] = sum[block][b][2 + h] * (back * kHighUnit) + offset;
         }
         if (g == 0) {
           row[C::kDim] = top[block][h];
@@ -336,6 +367,9 @@ struct DecodeConsumer {
     }
   }
 
+  struct alignas(16) Four {
+    float x[4];
+  };
   // What has been added so far of four channels of a head.
   struct Total {
     float x[4] = {0, 0, 0, 0}, top = kLowest, l = 0;
@@ -354,9 +388,8 @@ struct DecodeConsumer {
   QUANT_DEVICE void add_warps(Total& sum_of, int head, int vector) const {
     QUANT_UNROLL for (int i = 0; i < kDecodeWarps; ++i) {
       const float* row = row_of(i, head);
-      float four[4];
-      memcpy(four, row + 4 * vector, sizeof four);
-      sum_of.add(four, row[C::kDim], row[C::kDim + 1]);
+      const Four four = *reinterpret_cast<const Four*>(row + 4 * vector);
+      sum_of.add(four.x, row[C::kDim], row[C::kDim + 1]);
     }
   }
   QUANT_DEVICE void add_workers(Total& sum_of, int first, int worker, int head, int vector) const {

@@ -148,7 +148,7 @@ struct PrefillConsumer {
   };
 
   // --- softmax of a page: S to P, and M, l and sums of offsets go on ---
-  struct Four {
+  struct alignas(16) Four {
     float x[4];
   };
   QUANT_DEVICE Four plane(int n, int which, int step, int h) const {

@@ -264,6 +264,8 @@ def test_the_schedule_covers_every_page_once(simulator, window):
 def test_values_of_very_different_sizes(simulator):
     case = Case(64, 4, 1, ((66, 400),))
     given = arguments(case, seed=3, spread=12.0)
+    pages = torch.arange(given[3].shape[1]).view(-1, 1, 1)
+    given[3][1, ..., 0] *= 2.0 ** -(pages % 5)  # a z for every page
     last = [given[0][-1:], given[1][-1:], *given[2:5], torch.tensor([0, 1]).int(), given[6]]
     # A page's own z may be smaller than the reference's, and finer where E4M3 is subnormal: half of
     # 2^-9 on either side, times z / 256 with z <= 2^-3, codes of at most 8, 400 keys, l > 1/2.
@@ -353,7 +355,8 @@ def test_every_byte_becomes_its_codes(simulator):
     codes = torch.where(nibbles > 7, nibbles - 16, nibbles).float()
     found = e4m3.view(torch.float8_e4m3fn).float().view(256, 2, 4) * 512
     assert torch.equal(found, codes.unsqueeze(-1).expand(256, 2, 4))
-    found = halves.view(torch.float16).float().view(256, 2, 2)
+    unit = torch.tensor([2.0**-24, 2.0**-20]).view(1, 2, 1)  # of low nibbles, of high ones
+    found = halves.view(torch.float16).float().view(256, 2, 2) / unit - 8
     assert torch.equal(found, codes.unsqueeze(-1).expand(256, 2, 2))
 
 

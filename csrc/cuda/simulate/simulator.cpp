@@ -109,8 +109,11 @@ void start_block(int index) {
 // Half of the warps, others for every seed: they run where nothing else goes on, as if the rest
 // of the block were much faster.
 bool sleepy(const Fiber& fiber) {
-  const uint32_t warp = static_cast<uint32_t>(fiber.block->index * 64 + fiber.thread / kWarp);
-  return ((warp + 1) * 2654435761u ^ (machine->launch.seed + 1) * 2246822519u) >> 7 & 1;
+  auto x = static_cast<uint32_t>(fiber.block->index * 64 + fiber.thread / kWarp) * 0x9E3779B9u;
+  x += machine->launch.seed * 0x85EBCA6Bu;
+  x = (x ^ x >> 16) * 0x7FEB352Du;
+  x = (x ^ x >> 15) * 0x846CA68Bu;
+  return (x >> 16 & 1) != 0;
 }
 
 // Every thread that is awake, or every sleepy one, once, in a random order. Whether anything
