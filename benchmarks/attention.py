@@ -47,9 +47,9 @@ from benchmarks.timing import (  # noqa: E402
 from quant_kernels import ops  # noqa: E402
 from quant_kernels.packing import KV_PAGE  # noqa: E402
 
-BATCHES = (1, 8, 32, 64)
+BATCHES = (1, 8, 16, 64)
 QUICK_CONTEXTS = (2048, 16384)
-QUICK_BATCHES = (1, 32)
+QUICK_BATCHES = (1, 16)
 BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
