@@ -92,6 +92,8 @@ def gemm_trials(scheme: str, small: bool) -> list[Trial]:
             for m in (16, 2048, 1, 128)
             for i, (n, k) in enumerate(linears)
         ]
+        make = partial(_streams, fmt, *MODELS[0].linears["o"])
+        found.append(Trial(f"gemm_{scheme}", f"two streams at once {fmt.label}", make))
     for i, (m, n, k) in enumerate(shapes, start=2):
         fitting = [f for f in formats if f.per_channel or k % f.group_size == 0]
         for fmt in fitting if small else fitting[i % len(fitting) :: len(GROUP_SIZES)]:
@@ -240,6 +242,48 @@ def _gemm(
         }
 
     return Call(lambda: {"out": poison((m, columns), dtype, device)}, call, judge)
+
+
+def _streams(fmt: WeightFormat, n: int, k: int, device: torch.device) -> Call:
+    """Few tokens, whose sums meet in workspaces, in two streams that run beside each other."""
+    generator = torch.Generator(device).manual_seed(n)
+    packed = join_weight(random_weight(n, k, fmt, device))
+    inputs = [
+        reference.quantize_activation(_normal(generator, (m, k), 2.0), fmt.activation)
+        for m in (16, 33)
+    ]
+    streams = [torch.cuda.Stream(device) for _ in inputs] if device.type == "cuda" else []
+
+    @functools.cache
+    def prepared(backend: str) -> tuple[Weight, list[Tensor]]:
+        size = ops.workspace_bytes(device, gemms=[(n, k)], max_tokens=64, backend=backend)
+        spaces = [torch.empty(size, dtype=torch.uint8, device=device) for _ in inputs]
+        return ops.prepare(packed, backend=backend), spaces
+
+    def call(backend: str, out: Outputs) -> None:
+        weight, spaces = prepared(backend)
+        if backend == "reference" or not streams:
+            for (codes, scale), y in zip(inputs, out.values(), strict=True):
+                ops.gemm(codes, scale, weight, y, workspace=spaces[0], backend=backend)
+            return
+        for stream in streams:
+            stream.wait_stream(torch.cuda.current_stream())
+        for _ in range(20):
+            for i, y in enumerate(out.values()):
+                with torch.cuda.stream(streams[i]):
+                    ops.gemm(*inputs[i], weight, y, workspace=spaces[i], backend=backend)
+        for stream in streams:
+            torch.cuda.current_stream().wait_stream(stream)
+
+    def fresh() -> Outputs:
+        shapes = {f"out{i}": (len(codes), n) for i, (codes, _) in enumerate(inputs)}
+        return {name: poison(shape, torch.float32, device) for name, shape in shapes.items()}
+
+    def judge(wanted: Outputs, found: Outputs) -> Figures:
+        bound = 4 * _steps(fmt, k, device) ** 2 / 2 + 1e-10
+        return {name: metric(name, wanted[name], found[name], bound) for name in wanted}
+
+    return Call(fresh, call, judge)
 
 
 def _steps(fmt: WeightFormat, k: int, device: torch.device) -> float:
