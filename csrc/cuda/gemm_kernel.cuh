@@ -448,6 +448,7 @@ QUANT_DEVICE void gemm_body(const GemmParams& p, const TensorMap* x) {
       prefetch_map(x);
       Producer<C>{p, x, shared, rank}.run(worker);
     }
+    warp_sync();  // what follows wants whole warps
   } else {
     registers_grow<232>();
     Consumer<C>(p, shared, thread_index(), rank).run(worker);
