@@ -15,7 +15,7 @@ namespace quant {
 namespace {
 
 constexpr int kWorkspaces = 1024;  // that may be in flight at a time
-__device__ uint32_t flags[kWorkspaces][kMostWorkers];
+__device__ uint32_t flags[kWorkspaces][kMostFlags];
 
 std::mutex guard;
 
@@ -108,7 +108,7 @@ uint32_t* flags_of(const void* workspace, int device, int* status) {
     if (*status != QUANT_CUDA_OK) return nullptr;
     base = static_cast<uint32_t*>(address);
   }
-  return base + rows.of(workspace) * kMostWorkers;
+  return base + rows.of(workspace) * kMostFlags;
 }
 
 int launch(const void* kernel, int blocks, int threads, int cluster, int shared_bytes,

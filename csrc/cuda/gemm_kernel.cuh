@@ -28,6 +28,7 @@
 
 #include "cuda/convert.cuh"
 #include "cuda/gemm_params.h"
+#include "cuda/ring.cuh"
 #include "cuda/rows.cuh"
 
 namespace quant {
@@ -88,18 +89,6 @@ struct Shared {
     tables = reinterpret_cast<uint4*>(staging + C::kEpilogueBytes);
     full = reinterpret_cast<Barrier*>(staging + C::kEpilogueBytes + C::kTableBytes);
     empty = full + C::kStages;
-  }
-};
-
-// A place in the ring of stages, and the parity of its phase.
-template <int kStages>
-struct Ring {
-  int stage = 0, parity = 0;
-  QUANT_DEVICE void advance() {
-    if (++stage == kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
   }
 };
 

@@ -26,6 +26,9 @@
 
 namespace quant {
 
+// Blocks of a launch that may wait for each other.
+constexpr int kMostFlags = 640;
+
 // Units [begin, end) of a tile's K.
 struct Segment {
   int tile, begin, end;

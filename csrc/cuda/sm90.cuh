@@ -20,6 +20,7 @@
 
 #define QUANT_DEVICE __device__ __forceinline__
 #define QUANT_KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
+#define QUANT_KERNEL_BESIDE(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define QUANT_GRID_CONSTANT const __grid_constant__
 #define QUANT_UNROLL _Pragma("unroll")
 
@@ -150,6 +151,11 @@ template <class T>
 QUANT_DEVICE T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(0xffffffff, value, mask);
 }
+template <class T>
+QUANT_DEVICE T shuffle(T value, int lane) {
+  return __shfl_sync(0xffffffff, value, lane);
+}
+QUANT_DEVICE bool any_of_warp(bool value) { return __any_sync(0xffffffff, value) != 0; }
 // Of all threads of the launch: what was written before is seen after.
 QUANT_DEVICE void fence_global() { __threadfence(); }
 QUANT_DEVICE void flag_set(uint32_t* flag, uint32_t value) {
@@ -163,6 +169,8 @@ QUANT_DEVICE void flag_wait(const uint32_t* flag, uint32_t value) {
 }
 // Past the L1, which may hold what another block has since written over.
 QUANT_DEVICE uint4 load_l2(const uint4* from) { return __ldcg(from); }
+// The compiler takes x for another number from here on: it does not keep what it has made of it.
+QUANT_DEVICE void forget(int& x) { asm volatile("" : "+r"(x)); }
 // Registers of a thread of this warpgroup from here on; a multiple of 8.
 template <int kCount>
 QUANT_DEVICE void registers_grow() {
@@ -226,6 +234,36 @@ QUANT_DEVICE void from_float(float x, Bf16& y) {
   y.bits = __bfloat16_as_ushort(__float2bfloat16_rn(x));
 }
 QUANT_DEVICE void from_float(float x, Fp16& y) { y.bits = __half_as_ushort(__float2half_rn(x)); }
+
+// --- pairs of FP16 in a register, the first in the lower half ---
+QUANT_DEVICE uint32_t multiply_add_halves(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+// The two E4M3 codes in the lower half of x.
+QUANT_DEVICE uint32_t halves_of_e4m3(uint32_t x) {
+  uint32_t y;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(y) : "h"(static_cast<uint16_t>(x)));
+  return y;
+}
+// Of a matrix [8, 8] of FP16 a warp has row lane / 4, columns 2 (lane % 4) and the next of its
+// transpose for those of itself.
+QUANT_DEVICE uint32_t transpose(uint32_t x) {
+  uint32_t y;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+}
+
+// --- warp MMA: sum [16, 8] += A [16, 16] B [8, 16]^T of FP16 ---
+// With g = lane / 4, q = lane % 4: a0, a1 rows g, g + 8 and k = 2 q, 2 q + 1; a2, a3 the same and
+// k + 8; b0, b1 row g and the same k; sum rows g, g, g + 8, g + 8, columns 2 q, 2 q + 1.
+QUANT_DEVICE void warp_mma(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
 
 // --- warpgroup MMA: acc [64, kN] (+)= A [64, 32] B [kN, 32]^T, A and B of 8 bits ---
 struct E4M3 {

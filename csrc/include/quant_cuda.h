@@ -9,7 +9,7 @@
 #define QUANT_CUDA_API __attribute__((visibility("default")))
 
 // Goes up with every change that an already built caller would notice.
-#define QUANT_CUDA_ABI_VERSION 2
+#define QUANT_CUDA_ABI_VERSION 3
 
 #include <stdint.h>
 
@@ -74,6 +74,53 @@ QUANT_CUDA_API int64_t quant_cuda_gemm_workspace(const QuantCudaGemm* gemm);
 
 // Starts the GEMM on a device and its stream; returns before it ends.
 QUANT_CUDA_API int quant_cuda_gemm(const QuantCudaGemm* gemm, int device, void* stream);
+
+// Attention over the paged INT4 cache (cuda/prefill_kernel.cuh and cuda/decode_kernel.cuh have the
+// mathematics). Strides count elements; dimensions without one are contiguous.
+typedef struct {
+  const void* q;               // [tokens, heads, head_dim] E4M3; address and strides in 16s
+  const float* q_scale;        // [tokens, heads]
+  const void* kv_codes;        // [2, pages, kv_heads, 64, head_dim / 2]; aligned to 16
+  const void* kv_scales;       // [2, pages, kv_heads, 64, 2] FP16; aligned to 16
+  const int32_t* block_table;  // [batch, table_row]
+  const int32_t* kv_lens;      // [batch]
+  void* out;                   // [tokens, heads, head_dim]; a vector of four is aligned
+  int64_t q_token, q_head, q_scale_token, table_row, out_token, out_head;
+  int64_t pages;
+  float sm_scale;  // of scores, positive
+  int window;      // keys that a query sees, itself included; 0: all before it
+  int batch, heads, kv_heads, head_dim, out_type;
+} QuantCudaAttention;
+
+typedef struct {
+  QuantCudaAttention attention;
+  const int32_t* cu_seqlens;  // [batch + 1]
+  int max_query_len;          // of the longest chunk
+} QuantCudaPrefill;
+
+// One query a sequence; a sequence of length 0 gives zeros.
+typedef struct {
+  QuantCudaAttention attention;
+  void* workspace;  // quant_cuda_decode_workspace bytes, aligned to 16
+  int64_t workspace_bytes;
+  int workers;  // blocks that share the cache: quant_cuda_decode_blocks times multiprocessors
+} QuantCudaDecode;
+
+// As quant_cuda_gemm_check.
+QUANT_CUDA_API int quant_cuda_prefill_check(const QuantCudaPrefill* prefill);
+QUANT_CUDA_API int quant_cuda_decode_check(const QuantCudaDecode* decode);
+
+// Blocks of the decode kernel that a multiprocessor holds at once; 0 where there is no kernel.
+QUANT_CUDA_API int quant_cuda_decode_blocks(int heads, int kv_heads, int head_dim);
+
+// Bytes of workspace of a decode step, whatever its lengths.
+QUANT_CUDA_API int64_t quant_cuda_decode_workspace(const QuantCudaDecode* decode);
+
+// Start the kernels on a device and its stream; they return before it ends.
+QUANT_CUDA_API int quant_cuda_prefill_attention(const QuantCudaPrefill* prefill, int device,
+                                                void* stream);
+QUANT_CUDA_API int quant_cuda_decode_attention(const QuantCudaDecode* decode, int device,
+                                               void* stream);
 
 // QUANT_CUDA_ABI_VERSION of the library, as opposed to that of this header.
 QUANT_CUDA_API int quant_cuda_abi_version(void);

@@ -9,7 +9,7 @@ import functools
 
 from quant_kernels import native
 
-ABI = 2
+ABI = 3
 
 # QuantCudaStatus: the answers that mean "this machine has no GPU to offer".
 NO_DRIVER = -2

@@ -29,6 +29,7 @@ struct Warpgroup {
 struct Warp {
   int arrived = 0, generation = 0;
   uint64_t values[2][kWarp] = {};
+  detail::WarpWords words[2] = {};
 };
 struct Meeting {  // of group_sync and cluster_sync
   int arrived = 0, generation = 0;
@@ -260,6 +261,16 @@ void exchange(uint64_t value, int mask, uint64_t* found) {
   *found = warp.values[generation % 2][lane ^ mask];
 }
 
+void gather(const uint32_t (&mine)[6], WarpWords* all) {
+  Fiber* self = machine->current;
+  Warp& warp = self->block->warps[static_cast<size_t>(self->thread / kWarp)];
+  WarpWords& words = warp.words[warp.generation % 2];
+  std::copy(std::begin(mine), std::end(mine), words.of[self->thread % kWarp]);
+  uint64_t ignored;
+  exchange(0, 0, &ignored);
+  *all = words;
+}
+
 void synchronize(int group, int threads, const char* what) {
   Block* block = machine->current->block;
   Meeting& meeting = group < 0 ? machine->clusters[block->index / machine->launch.cluster]
@@ -404,6 +415,52 @@ void from_float(float x, Bf16& y) {
 void from_float(float x, Fp16& y) {
   const auto half = static_cast<_Float16>(x);
   std::memcpy(&y.bits, &half, sizeof half);
+}
+
+namespace {
+float half_value(uint32_t word, int index) {
+  return to_float(Fp16{static_cast<uint16_t>(word >> 16 * index)});
+}
+uint32_t pair_of(float low, float high) {
+  Fp16 a, b;
+  from_float(low, a);
+  from_float(high, b);
+  return a.bits | static_cast<uint32_t>(b.bits) << 16;
+}
+}  // namespace
+
+uint32_t multiply_add_halves(uint32_t a, uint32_t b, uint32_t c) {
+  const auto fused = [&](int i) {
+    const double product = static_cast<double>(half_value(a, i)) * half_value(b, i);
+    return static_cast<float>(product + half_value(c, i));
+  };
+  return pair_of(fused(0), fused(1));
+}
+uint32_t halves_of_e4m3(uint32_t x) {
+  const auto& table = e4m3_table();
+  return pair_of(table[x & 0xFF], table[x >> 8 & 0xFF]);
+}
+uint32_t transpose(uint32_t x) {
+  detail::WarpWords all;
+  detail::gather({x, 0, 0, 0, 0, 0}, &all);
+  const int lane = thread_index() % kWarp, row = lane / 4, column = lane % 4 * 2;
+  const auto at = [&](int r, int c) { return all.of[4 * r + c / 2][0] >> c % 2 * 16 & 0xFFFF; };
+  return at(column, row) | at(column + 1, row) << 16;
+}
+void warp_mma(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  detail::WarpWords all;
+  detail::gather({a[0], a[1], a[2], a[3], b[0], b[1]}, &all);
+  const int g = thread_index() % kWarp / 4, q = thread_index() % 4;
+  for (int i = 0; i < 4; ++i) {
+    const int high = i / 2, column = 2 * q + i % 2;
+    double total = sum[i];
+    for (int k = 0; k < 16; ++k) {
+      const uint32_t x = all.of[4 * g + k % 8 / 2][k / 8 * 2 + high];
+      const uint32_t y = all.of[4 * column + k % 8 / 2][4 + k / 8];
+      total += static_cast<double>(half_value(x, k % 2)) * half_value(y, k % 2);
+    }
+    sum[i] = static_cast<float>(total);
+  }
 }
 
 }  // namespace quant::sm90

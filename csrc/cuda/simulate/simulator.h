@@ -18,6 +18,7 @@
 
 #define QUANT_DEVICE inline
 #define QUANT_KERNEL(threads) inline void
+#define QUANT_KERNEL_BESIDE(threads, blocks) inline void
 #define QUANT_GRID_CONSTANT const
 #define QUANT_UNROLL
 
@@ -38,6 +39,11 @@ namespace detail {
 void wait_for(const std::function<bool()>& ready, const char* what);
 void fail(const std::string& reason);
 void exchange(uint64_t value, int mask, uint64_t* found);
+// What every lane of the warp gives: six words each.
+struct WarpWords {
+  uint32_t of[32][6];
+};
+void gather(const uint32_t (&mine)[6], WarpWords* all);
 void synchronize(int group, int threads, const char* what);
 void schedule_copy(std::function<void()> copy, void* to, size_t bytes, bool last);
 void* at_rank(void* pointer, int rank);
@@ -162,6 +168,15 @@ inline T shuffle_xor(T value, int mask) {
   std::memcpy(&value, &found, sizeof value);
   return value;
 }
+template <class T>
+inline T shuffle(T value, int lane) {
+  return shuffle_xor(value, thread_index() % 32 ^ lane);
+}
+inline bool any_of_warp(bool value) {
+  int any = value;
+  for (int mask = 1; mask < 32; mask *= 2) any |= shuffle_xor(any, mask);
+  return any != 0;
+}
 inline void fence_global() {}
 inline void flag_set(uint32_t* flag, uint32_t value) {
   *flag = value;
@@ -174,6 +189,7 @@ struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
 inline uint4 load_l2(const uint4* from) { return *from; }
+inline void forget(int&) {}
 template <int kCount>
 inline void registers_grow() {}
 template <int kCount>
@@ -221,6 +237,11 @@ float to_float(Fp16 x);
 inline void from_float(float x, float& y) { y = x; }
 void from_float(float x, Bf16& y);
 void from_float(float x, Fp16& y);
+
+uint32_t multiply_add_halves(uint32_t a, uint32_t b, uint32_t c);
+uint32_t halves_of_e4m3(uint32_t x);
+uint32_t transpose(uint32_t x);
+void warp_mma(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 
 // --- MMAs ---
 struct E4M3 {

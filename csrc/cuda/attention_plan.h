@@ -1,0 +1,108 @@
+// From a caller's arguments to the attention kernels', and whether they take them: on a host
+// without a GPU.
+#pragma once
+
+#include "cuda/attention_params.h"
+#include "cuda/decode_config.h"
+#include "cuda/gemm_plan.h"
+#include "quant_cuda.h"
+
+namespace quant {
+
+constexpr float kLog2E = 1.4426950408889634f;
+
+constexpr bool has_attention(int head_dim) {
+  return head_dim == 64 || head_dim == 128 || head_dim == 256;
+}
+
+inline int check(const QuantCudaAttention& a) {
+  if (!has_attention(a.head_dim)) return QUANT_CUDA_NO_KERNEL;
+  constexpr int kMost = 1 << 20;
+  const bool positive = a.batch > 0 && a.heads > 0 && a.kv_heads > 0 && a.pages >= 0;
+  if (!positive || a.batch > kMost || a.heads > kMost || a.heads % a.kv_heads != 0 ||
+      a.window < 0 || !(a.sm_scale > 0) || a.out_type < QUANT_CUDA_FP32 ||
+      a.out_type > QUANT_CUDA_FP16) {
+    return QUANT_CUDA_BAD_SHAPE;
+  }
+  if (!a.q || !a.q_scale || !a.kv_codes || !a.kv_scales || !a.block_table || !a.kv_lens || !a.out) {
+    return QUANT_CUDA_NULL_POINTER;
+  }
+  const int64_t four = a.out_type == QUANT_CUDA_FP32 ? 16 : 8;
+  const bool queries = aligned(a.q, 16) && a.q_token % 16 == 0 && a.q_head % 16 == 0;
+  const bool output = aligned(a.out, four) && a.out_token % 4 == 0 && a.out_head % 4 == 0;
+  const bool cache = aligned(a.kv_codes, 16) && aligned(a.kv_scales, 16);
+  return queries && output && cache ? QUANT_CUDA_OK : QUANT_CUDA_BAD_ALIGNMENT;
+}
+inline int check(const QuantCudaPrefill& prefill) {
+  const QuantCudaAttention& a = prefill.attention;
+  if (const int status = check(a)) return status;
+  if (a.heads / a.kv_heads > kTileQueries) return QUANT_CUDA_NO_KERNEL;
+  if (prefill.max_query_len < 1) return QUANT_CUDA_BAD_SHAPE;
+  if (!prefill.cu_seqlens) return QUANT_CUDA_NULL_POINTER;
+  const int64_t tokens = kTileQueries / (a.heads / a.kv_heads);
+  const int64_t tiles = (prefill.max_query_len + tokens - 1) / tokens;
+  return tiles * a.batch * a.kv_heads > INT32_MAX ? QUANT_CUDA_BAD_SHAPE : QUANT_CUDA_OK;
+}
+// Rows of D sums, M and l: one worker publishes at most one segment.
+inline int64_t decode_workspace(const QuantCudaDecode& d) {
+  const QuantCudaAttention& a = d.attention;
+  return int64_t{4} * d.workers * (a.heads / a.kv_heads) * (a.head_dim + 4);
+}
+inline int check(const QuantCudaDecode& d) {
+  const QuantCudaAttention& a = d.attention;
+  if (const int status = check(a)) return status;
+  if (decode_blocks(a.heads, a.kv_heads, a.head_dim) == 0 || a.batch > kMostSequences) {
+    return QUANT_CUDA_NO_KERNEL;
+  }
+  if (d.workers < 1 || d.workers > kMostFlags) return QUANT_CUDA_BAD_SHAPE;
+  if (!d.workspace) return QUANT_CUDA_NULL_POINTER;
+  if (!aligned(d.workspace, 16)) return QUANT_CUDA_BAD_ALIGNMENT;
+  return d.workspace_bytes < decode_workspace(d) ? QUANT_CUDA_SMALL_WORKSPACE : QUANT_CUDA_OK;
+}
+
+// After `check`.
+inline AttentionParams plan(const QuantCudaAttention& a) {
+  AttentionParams p{};
+  p.q = static_cast<const uint8_t*>(a.q);
+  p.q_scale = a.q_scale;
+  p.kv = static_cast<const uint8_t*>(a.kv_codes);
+  p.kv_scales = static_cast<const uint32_t*>(a.kv_scales);
+  p.block_table = a.block_table;
+  p.kv_lens = a.kv_lens;
+  p.out = a.out;
+  p.q_token = a.q_token;
+  p.q_head = a.q_head;
+  p.q_scale_token = a.q_scale_token;
+  p.table_row = a.table_row;
+  p.out_token = a.out_token;
+  p.out_head = a.out_head;
+  p.value_rows = a.pages * a.kv_heads * kPage;
+  p.scale = a.sm_scale * kLog2E;
+  p.window = a.window;
+  p.batch = a.batch;
+  p.kv_heads = a.kv_heads;
+  p.ratio = a.heads / a.kv_heads;
+  p.out_type = static_cast<Type>(a.out_type);
+  return p;
+}
+inline PrefillParams plan(const QuantCudaPrefill& prefill) {
+  PrefillParams p{};
+  p.shared = plan(prefill.attention);
+  p.cu_seqlens = prefill.cu_seqlens;
+  p.tile_tokens = kTileQueries / p.shared.ratio;
+  p.tiles = ceil_div(prefill.max_query_len, p.tile_tokens);
+  return p;
+}
+inline int prefill_blocks(const PrefillParams& p) {
+  return p.tiles * p.shared.batch * p.shared.kv_heads;
+}
+inline DecodeParams plan(const QuantCudaDecode& d, uint32_t* flags) {
+  DecodeParams p{};
+  p.shared = plan(d.attention);
+  p.partials = static_cast<float*>(d.workspace);
+  p.flags = flags;
+  p.workers = d.workers;
+  return p;
+}
+
+}  // namespace quant

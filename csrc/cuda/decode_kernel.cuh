@@ -1,0 +1,483 @@
+// Attention of one new token a sequence over the paged INT4 cache, on Hopper.
+//
+//     S_t = (s_t (Qc . q_t) + o_t sum(Qc)) a sm_scale log2(e),   M = ceil(max S),   p = 2^(S - M)
+//     O   = (z / 256 sum_t E4M3(256 p_t s'_t / z) q'_t + sum_t p_t o'_t) / sum_t p_t
+//
+// for keys s_t q_t + o_t and values s'_t q'_t + o'_t (quant_kernels/reference_attention.py). A page
+// is read once, for all query heads of its KV head. They are the columns of FP16 warp MMAs
+// [16, 16] x [16, 8], whose rows are tokens, then channels, so that up to 8 heads waste nothing:
+//
+//     S^T [16 tokens, 8 heads]  = K [16, D] Qc^T [D, 8]      P^T: C fragment -> movmatrix -> B
+//     O^T [D, 8 heads]         += V^T [D, 16 tokens] P^T [16, 8]
+//
+// FP16 holds codes, E4M3 queries and E4M3 P exactly. FP8 warp MMAs gain nothing: on sm_90 they
+// are FP16 ones after a conversion. WGMMA would fill 8 of 64 rows and wants V transposed first.
+//
+//     warp 4       pages to a ring of S stages: bulk copies of K, V, and of both's scales
+//     warps 0-3    16 tokens of every page each, with an M, l and O^T of their own; no warp waits
+//                  for another one before the segment's end, where the four are added
+//
+//     time    ------------------------------------------------------------->
+//     copy       [ j+S-1 ][ j+S ][ j+S+1 ]
+//     warp 0     [K Q, softmax, P V of j][ j + 1 ]...       two to four blocks share an SM and
+//     warp 1      [     j     ][     j + 1     ]...         fill each other's gaps
+//
+// Budget, H200, D = 128, per SM: a page is 8.7 KB, 435 clocks at 20 bytes of DRAM a clock, in which
+// 1740 instructions issue. It takes about 290 for K's codes and 320 for V's (9 and 10 for 8 codes),
+// 64 MMAs of 2 clocks, and 4 * 110 for scores, P and rescaling: about 1100 in all.
+//
+// z is a running power of two like M: sums are scaled when one of them changes, which is rare.
+// Workers split the cache evenly (decode_schedule.h); a segment that several share is added in
+// the order of its pages by its last one, through the L2.
+#pragma once
+
+#include "cuda/attention_codes.cuh"
+#include "cuda/decode_config.h"
+#include "cuda/ring.cuh"
+#include "cuda/rows.cuh"
+
+namespace quant {
+
+template <class C>
+struct DecodeShared {
+  char* stages;  // codes of K, of V, scales of K, of V
+  float* sums;   // [kDecodeWarps, kHeads, kPitch]
+  int* ends;     // [kMostSequences]
+  Barrier *full, *empty;
+  QUANT_DEVICE explicit DecodeShared(char* base) {
+    stages = base;
+    sums = reinterpret_cast<float*>(base + C::kStages * C::kStageBytes);
+    ends = reinterpret_cast<int*>(reinterpret_cast<char*>(sums) + C::kSumBytes);
+    full = reinterpret_cast<Barrier*>(ends + kMostSequences);
+    empty = full + C::kStages;
+  }
+};
+
+// ends[b] = pages of sequences 0 .. b, by one warp.
+QUANT_DEVICE void sum_pages(const AttentionParams& p, int lane, int* ends) {
+  int before = 0;
+  for (int first = 0; first < p.batch; first += 32) {
+    const int i = first + lane;
+    int total = i < p.batch ? page_count(p.kv_lens[i], p.window) : 0, sum = total;
+    QUANT_UNROLL for (int mask = 1; mask < 32; mask *= 2) {  // total: of 2 mask lanes
+      const int other = shuffle_xor(total, mask);
+      if (lane & mask) sum += other;
+      total += other;
+    }
+    if (i < p.batch) ends[i] = before + sum;
+    before += total;
+  }
+}
+
+// --- the producer: one warp ---
+template <class C>
+QUANT_DEVICE void decode_producer(const AttentionParams& p, const DecodeShared<C>& shared,
+                                  const DecodeSchedule& schedule, int worker, int lane) {
+  Ring<C::kStages> ring;
+  DecodeSegment segment;
+  for (DecodeWork work(schedule, worker); work.next(segment);) {
+    const int first = first_page(p.kv_lens[segment.sequence], p.window);
+    const int* table = p.block_table + segment.sequence * p.table_row + first;
+    int ids = 0;
+    for (int i = segment.begin; i < segment.end; ++i) {
+      const int place = (i - segment.begin) % 32;
+      if (place == 0 && i + lane < segment.end) ids = table[i + lane];
+      const int64_t row = (int64_t{1} * shuffle(ids, place) * p.kv_heads + segment.head) * kPage;
+      Barrier* full = shared.full + ring.stage;
+      barrier_wait(shared.empty + ring.stage, ring.parity ^ 1);
+      if (lane == 0) {
+        char* to = shared.stages + ring.stage * C::kStageBytes;
+        barrier_expect(full, C::kStageBytes);
+        QUANT_UNROLL for (int kind = 0; kind < 2; ++kind) {
+          const int64_t from = row + kind * p.value_rows;
+          copy_bulk(to + kind * C::kCodeBytes, p.kv + from * C::kHalf, C::kCodeBytes, full,
+                    Keep::first_out);
+          copy_bulk(to + 2 * C::kCodeBytes + kind * C::kScaleBytes, p.kv_scales + from,
+                    C::kScaleBytes, full, Keep::first_out);
+        }
+      }
+      ring.advance();
+    }
+  }
+}
+
+// --- the consumers: four warps ---
+template <class C>
+struct DecodeConsumer {
+  static constexpr int kHeadBlocks = C::kHeadBlocks, kBlocks = C::kBlocks;
+  using State = float[kHeadBlocks][2];  // of heads 2 q, 2 q + 1 of every block
+
+  const DecodeParams& params;
+  const AttentionParams& p;
+  const DecodeShared<C>& shared;
+  int thread, warp, g, q;  // lane 4 g + q
+  Ring<C::kStages> ring;
+
+  uint32_t query[kHeadBlocks][kBlocks][2];  // Qc as B fragments: head g of every block
+  State q_sum, unit, top, total, offsets;
+  float sum[kHeadBlocks][kBlocks][4];  // O^T in units of z / 256
+  float z;
+
+  QUANT_DEVICE DecodeConsumer(const DecodeParams& params, const DecodeShared<C>& shared, int thread)
+      : params(params),
+        p(params.shared),
+        shared(shared),
+        thread(thread),
+        warp(thread / 32),
+        g(thread % 32 / 4),
+        q(thread % 4) {}
+
+  // Which token of a warp's sixteen is row `slot` of its MMAs: so that few rows of the cache that
+  // are read at once lie in the same banks.
+  static QUANT_DEVICE int token_of(int slot) { return slot ^ (slot >> 1 & 1); }
+  // The byte where this thread's word `w` of a row of K or Qc begins.
+  QUANT_DEVICE int byte_of(int w) const {
+    constexpr int kWords = C::kVector / 4;
+    return w / kWords * 4 * C::kVector + q * C::kVector + w % kWords * 4;
+  }
+
+  QUANT_DEVICE void load_queries(const DecodeSegment& segment) {
+    const int64_t token = segment.sequence;
+    QUANT_UNROLL for (int block = 0; block < kHeadBlocks; ++block) {
+      const int index = 8 * block + g, head = segment.head * p.ratio + index;
+      const bool held = index < p.ratio;
+      const uint8_t* from = p.q + token * p.q_token + head * p.q_head;
+      float codes = 0;
+      QUANT_UNROLL for (int w = 0; w < kBlocks / 2; ++w) {
+        QUANT_UNROLL for (int high = 0; high < 2; ++high) {
+          uint32_t word = 0;
+          if (held) memcpy(&word, from + byte_of(w) + high * C::kHalf, sizeof word);
+          codes += sum_of_e4m3(word);
+          const uint32_t order = permute(word, word, 0x3120);  // pairs of bytes 0, 2 and 1, 3
+          query[block][2 * w + high][0] = halves_of_e4m3(order);
+          query[block][2 * w + high][1] = halves_of_e4m3(order >> 16);
+        }
+      }
+      codes += shuffle_xor(codes, 1);
+      codes += shuffle_xor(codes, 2);
+      float scale = held ? p.q_scale[token * p.q_scale_token + head] * p.scale : 1.0f;
+      QUANT_UNROLL for (int i = 0; i < 2; ++i) {
+        q_sum[block][i] = shuffle(codes, 4 * (2 * q + i));
+        unit[block][i] = shuffle(scale, 4 * (2 * q + i));
+      }
+    }
+  }
+  QUANT_DEVICE void clear() {
+    z = 0x1p-24f;
+    QUANT_UNROLL for (int block = 0; block < kHeadBlocks; ++block) {
+      QUANT_UNROLL for (int i = 0; i < 2; ++i) {
+        top[block][i] = kLowest;
+        total[block][i] = offsets[block][i] = 0;
+      }
+      QUANT_UNROLL for (int b = 0; b < kBlocks; ++b) {
+        QUANT_UNROLL for (int i = 0; i < 4; ++i) sum[block][b][i] = 0;
+      }
+    }
+  }
+
+  // score[block]: tokens of slots g, g and g + 8, g + 8; heads 2 q, 2 q + 1 by turns.
+  QUANT_DEVICE void multiply_keys(const char* codes, float (&score)[kHeadBlocks][4]) const {
+    constexpr int kWords = C::kVector / 4, kLoads = kBlocks / 2 / kWords;
+    struct alignas(C::kVector) Words {
+      uint32_t x[kWords];
+    };
+    const char* row = codes + (kWarpTokens * warp + token_of(g)) * C::kHalf;
+    QUANT_UNROLL for (int block = 0; block < kHeadBlocks; ++block) {
+      QUANT_UNROLL for (int i = 0; i < 4; ++i) score[block][i] = 0;
+    }
+    QUANT_UNROLL for (int load = 0; load < kLoads; ++load) {
+      const char* from = row + byte_of(load * kWords);
+      const Words near = *reinterpret_cast<const Words*>(from);
+      const Words far = *reinterpret_cast<const Words*>(from + 8 * C::kHalf);
+      QUANT_UNROLL for (int w = 0; w < kWords; ++w) {
+        const uint32_t x = near.x[w], y = far.x[w];
+        const int step = 2 * (load * kWords + w);
+        const uint32_t low[4] = {halves_of_low(x), halves_of_low(y), halves_of_low(x >> 8),
+                                 halves_of_low(y >> 8)};
+        const uint32_t high[4] = {halves_of_high(x), halves_of_high(y), halves_of_high(x >> 8),
+                                  halves_of_high(y >> 8)};
+        QUANT_UNROLL for (int block = 0; block < kHeadBlocks; ++block) {
+          warp_mma(score[block], low, query[block][step]);
+          warp_mma(score[block], high, query[block][step + 1]);
+        }
+      }
+    }
+  }
+
+  static QUANT_DEVICE float over_tokens(float x) {
+    QUANT_UNROLL for (int mask = 4; mask < 32; mask *= 2) x = fmaxf(x, shuffle_xor(x, mask));
+    return x;
+  }
+  static QUANT_DEVICE float sum_over_tokens(float x) {
+    QUANT_UNROLL for (int mask = 4; mask < 32; mask *= 2) x += shuffle_xor(x, mask);
+    return x;
+  }
+
+  // Scores to P as B fragments; M, l, z and what depends on them go on.
+  QUANT_DEVICE void softmax(const char* scales, int key, int oldest, int length,
+                            float (&score)[kHeadBlocks][4], uint32_t (&operand)[kHeadBlocks][2]) {
+    const auto* pairs = reinterpret_cast<const uint32_t*>(scales) + kWarpTokens * warp;
+    float v_scale[2], v_offset[2];
+    QUANT_UNROLL for (int i = 0; i < 2; ++i) {
+      const int token = token_of(g + 8 * i), at = key + kWarpTokens * warp + token;
+      const bool seen = at >= oldest && at < length;
+      // What lies behind the last key may be anything, and 0 times NaN is NaN.
+      const uint32_t of_key = seen ? pairs[token] : 0, of_value = seen ? pairs[kPage + token] : 0;
+      v_scale[i] = scale_of(of_value);
+      v_offset[i] = offset_of(of_value);
+      QUANT_UNROLL for (int block = 0; block < kHeadBlocks; ++block) {
+        QUANT_UNROLL for (int h = 0; h < 2; ++h) {
+          float& x = score[block][2 * i + h];
+          x = x * scale_of(of_key) + q_sum[block][h] * offset_of(of_key);
+          if (!seen) x = -infinity();
+        }
+      }
+    }
+    const float largest = over_tokens(fmaxf(fabsf(v_scale[0]), fabsf(v_scale[1])));
+    const float new_z = fmaxf(z, power_of_two_above(largest));
+    const float weight = kRangeOfP * reciprocal_of_power_of_two(new_z);
+    const float of_z = z * reciprocal_of_power_of_two(new_z);
+    State fade;
+    bool changed = new_z != z;
+    z = new_z;
+    QUANT_UNROLL for (int block = 0; block < kHeadBlocks; ++block) {
+      QUANT_UNROLL for (int h = 0; h < 2; ++h) {
+        float &near = score[block][h], &far = score[block][2 + h];
+        const float u = unit[block][h], old = top[block][h];
+        const float now = fmaxf(old, ceilf(over_tokens(fmaxf(near, far)) * u));
+        fade[block][h] = exponential2(old - now);
+        changed |= now != old;
+        near = exponential2(near * u - now);
+        far = exponential2(far * u - now);
+        top[block][h] = now;
+        total[block][h] = total[block][h] * fade[block][h] + (near + far);
+        offsets[block][h] =
+            offsets[block][h] * fade[block][h] + (near * v_offset[0] + far * v_offset[1]);
+      }
+      const float w0 = v_scale[0] * weight, w1 = v_scale[1] * weight;
+      const uint32_t codes = to_e4m3(score[block][0] * w0, score[block][1] * w0,
+                                     score[block][2] * w1, score[block][3] * w1);
+      operand[block][0] = transpose(halves_of_e4m3(codes));
+      operand[block][1] = transpose(halves_of_e4m3(codes >> 16));
+    }
+    if (any_of_warp(changed)) {
+      QUANT_UNROLL for (int block = 0; block < kHeadBlocks; ++block) {
+        QUANT_UNROLL for (int b = 0; b < kBlocks; ++b) {
+          QUANT_UNROLL for (int i = 0; i < 4; ++i) sum[block][b][i] *= fade[block][i % 2] * of_z;
+        }
+      }
+    }
+  }
+
+  // Block b of the sums: channels g D/16 + b (rows g), and D/2 more (rows g + 8).
+  QUANT_DEVICE void multiply_values(const char* codes, const uint32_t (&operand)[kHeadBlocks][2]) {
+    constexpr int kWords = kBlocks / 4;
+    struct alignas(4 * kWords) Words {
+      uint32_t x[kWords];
+    };
+    const char* row = codes + kWarpTokens * warp * C::kHalf + g * kBlocks;
+    Words of[4];
+    QUANT_UNROLL for (int i = 0; i < 4; ++i) {
+      const int token = token_of(2 * q + i % 2 + i / 2 * 8);
+      of[i] = *reinterpret_cast<const Words*>(row + token * C::kHalf);
+    }
+    QUANT_UNROLL for (int w = 0; w < kWords; ++w) {
+      QUANT_UNROLL for (int half = 0; half < 2; ++half) {  // bytes 0, 1 of two tokens, then 2, 3
+        constexpr uint32_t kBytesOf[2] = {0x5410, 0x7632};
+        uint32_t near = permute(of[0].x[w], of[1].x[w], kBytesOf[half]);
+        uint32_t far = permute(of[2].x[w], of[3].x[w], kBytesOf[half]);
+        QUANT_UNROLL for (int i = 0; i < 2; ++i) {
+          const uint32_t a[4] = {halves_of_low(near), halves_of_high(near), halves_of_low(far),
+                                 halves_of_high(far)};
+          QUANT_UNROLL for (int block = 0; block < kHeadBlocks; ++block) {
+            warp_mma(sum[block][4 * w + 2 * half + i], a, operand[block]);
+          }
+          near >>= 8;
+          far >>= 8;
+        }
+      }
+    }
+  }
+
+  QUANT_DEVICE void page(int key, int oldest, int length) {
+    const char* stage = shared.stages + ring.stage * C::kStageBytes;
+    float score[kHeadBlocks][4];
+    uint32_t operand[kHeadBlocks][2];
+    barrier_wait(shared.full + ring.stage, ring.parity);
+    multiply_keys(stage, score);
+    softmax(stage + 2 * C::kCodeBytes, key, oldest, length, score, operand);
+    multiply_values(stage + C::kCodeBytes, operand);
+    warp_sync();
+    if (thread % 32 == 0) barrier_arrive(shared.empty + ring.stage);
+    ring.advance();
+  }
+
+  // --- the end of a segment ---
+  QUANT_DEVICE float* row_of(int of_warp, int head) const {
+    return shared.sums + (of_warp * C::kHeads + head) * C::kPitch;
+  }
+  // Sums, M and l of every warp to shared memory.
+  QUANT_DEVICE void deposit() {
+    const float back = z * (1 / kRangeOfP);
+    QUANT_UNROLL for (int block = 0; block < kHeadBlocks; ++block) {
+      QUANT_UNROLL for (int h = 0; h < 2; ++h) {
+        const float l = sum_over_tokens(total[block][h]);
+        const float offset = sum_over_tokens(offsets[block][h]);
+        float* row = row_of(warp, 8 * block + 2 * q + h);
+        QUANT_UNROLL for (int b = 0; b < kBlocks; ++b) {
+          row[g * kBlocks + b] = sum[block][b][h] * back + offset;
+          row[g * kBlocks + b + C::kHalf] = sum[block][b][2 + h] * back + offset;
+        }
+        if (g == 0) {
+          row[C::kDim] = top[block][h];
+          row[C::kDim + 1] = l;
+        }
+      }
+    }
+  }
+
+  // What has been added so far of four channels of a head.
+  struct Total {
+    float x[4] = {0, 0, 0, 0}, top = kLowest, l = 0;
+    QUANT_DEVICE void add(const float (&y)[4], float y_top, float y_l) {
+      const float now = fmaxf(top, y_top);
+      const float mine = exponential2(top - now), share = exponential2(y_top - now);
+      QUANT_UNROLL for (int i = 0; i < 4; ++i) x[i] = x[i] * mine + y[i] * share;
+      l = l * mine + y_l * share;
+      top = now;
+    }
+  };
+  QUANT_DEVICE uint4* partial(int worker, int head, int vector) const {
+    const int64_t row = int64_t{1} * worker * p.ratio + head;
+    return reinterpret_cast<uint4*>(params.partials + row * C::kPitch) + vector;
+  }
+  QUANT_DEVICE void add_warps(Total& sum_of, int head, int vector) const {
+    QUANT_UNROLL for (int i = 0; i < kDecodeWarps; ++i) {
+      const float* row = row_of(i, head);
+      float four[4];
+      memcpy(four, row + 4 * vector, sizeof four);
+      sum_of.add(four, row[C::kDim], row[C::kDim + 1]);
+    }
+  }
+  QUANT_DEVICE void add_workers(Total& sum_of, int first, int worker, int head, int vector) const {
+    constexpr int kAtOnce = 4;
+    for (int begin = first; begin < worker; begin += kAtOnce) {
+      float four[kAtOnce][4], last[kAtOnce][4];
+      QUANT_UNROLL for (int i = 0; i < kAtOnce; ++i) {
+        const int other = begin + i < worker ? begin + i : begin;
+        load_through(partial(other, head, vector), four[i]);
+        load_through(partial(other, head, C::kDim / 4), last[i]);
+      }
+      QUANT_UNROLL for (int i = 0; i < kAtOnce; ++i) {
+        if (begin + i < worker) sum_of.add(four[i], last[i][0], last[i][1]);
+      }
+    }
+  }
+  QUANT_DEVICE void publish(const Total& sum_of, int worker, int head, int vector) const {
+    store_through(partial(worker, head, vector), sum_of.x);
+    if (vector == 0) {
+      const float last[4] = {sum_of.top, sum_of.l, 0, 0};
+      store_through(partial(worker, head, C::kDim / 4), last);
+    }
+  }
+  QUANT_DEVICE void store(const float (&y)[4], int sequence, int head, int vector) const {
+    const int64_t at = sequence * p.out_token + head * p.out_head + 4 * vector;
+    if (p.out_type == Type::bf16) {
+      store_four<Bf16>(p.out, at, 4, true, y);
+    } else if (p.out_type == Type::fp16) {
+      store_four<Fp16>(p.out, at, 4, true, y);
+    } else {
+      store_four<float>(p.out, at, 4, true, y);
+    }
+  }
+
+  // `first`: the first worker of the segment; this one is the last where `whole`.
+  QUANT_DEVICE void finish(const DecodeSegment& segment, int first, int worker) {
+    constexpr int kVectors = C::kDim / 4;
+    const bool last = segment.end == segment.pages;
+    deposit();
+    if (last && thread == 0) {
+      for (int other = first; other < worker; ++other) flag_wait(params.flags + other, 1);
+    }
+    group_sync(1, kDecodeConsumers);
+    for (int i = thread; i < p.ratio * kVectors; i += kDecodeConsumers) {
+      const int head = i / kVectors, vector = i % kVectors;
+      Total total_of;
+      if (last) add_workers(total_of, first, worker, head, vector);
+      add_warps(total_of, head, vector);
+      if (last) {
+        const float share = 1.0f / (total_of.l == 0 ? 1.0f : total_of.l);
+        float y[4];
+        QUANT_UNROLL for (int j = 0; j < 4; ++j) y[j] = total_of.x[j] * share;
+        store(y, segment.sequence, segment.head * p.ratio + head, vector);
+      } else {
+        publish(total_of, worker, head, vector);
+      }
+    }
+    if (!last) fence_global();
+    group_sync(1, kDecodeConsumers);
+    if (thread != 0) return;
+    if (!last) flag_set(params.flags + worker, 1);
+    for (int other = first; last && other < worker; ++other) {  // for the next launch
+      flag_set(params.flags + other, 0);
+    }
+  }
+
+  // Sequences without tokens, shared among the workers.
+  QUANT_DEVICE void store_zeros(int worker) const {
+    constexpr int kVectors = C::kDim / 4;
+    const int vectors = p.kv_heads * p.ratio * kVectors;
+    for (int sequence = worker; sequence < p.batch; sequence += params.workers) {
+      if (p.kv_lens[sequence] > 0) continue;
+      for (int i = thread; i < vectors; i += kDecodeConsumers) {
+        store({0, 0, 0, 0}, sequence, i / kVectors, i % kVectors);
+      }
+    }
+  }
+
+  QUANT_DEVICE void run(const DecodeSchedule& schedule, int worker) {
+    store_zeros(worker);
+    DecodeSegment segment;
+    for (DecodeWork work(schedule, worker); work.next(segment);) {
+      const int length = p.kv_lens[segment.sequence];
+      const int oldest = oldest_key(length - 1, p.window);
+      const int first = first_page(length, p.window);
+      load_queries(segment);
+      clear();
+      for (int i = segment.begin; i < segment.end; ++i) page((first + i) * kPage, oldest, length);
+      finish(segment, schedule.owner(segment.start), worker);
+    }
+  }
+};
+
+template <class C>
+QUANT_DEVICE void decode_body(const DecodeParams& params) {
+  const DecodeShared<C> shared(shared_memory());
+  const int warp = warp_index(), lane = thread_index() % 32, worker = block_index();
+  if (thread_index() == 0) {
+    for (int stage = 0; stage < C::kStages; ++stage) {
+      barrier_init(shared.full + stage, 1);
+      barrier_init(shared.empty + stage, kDecodeWarps);
+    }
+    barrier_init_fence();
+  }
+  previous_kernel_wait();
+  if (warp == kDecodeWarps) sum_pages(params.shared, lane, shared.ends);
+  block_sync();
+  const DecodeSchedule schedule{shared.ends, params.shared.batch, params.shared.kv_heads,
+                                params.workers};
+  if (warp == kDecodeWarps) {
+    decode_producer<C>(params.shared, shared, schedule, worker, lane);
+    next_kernel_start();
+  } else {
+    DecodeConsumer<C>(params, shared, thread_index()).run(schedule, worker);
+  }
+}
+
+template <class C>
+QUANT_KERNEL_BESIDE(kDecodeThreads, C::kBlocksPerSm)
+decode_kernel(QUANT_GRID_CONSTANT DecodeParams params) {
+  decode_body<C>(params);
+}
+
+}  // namespace quant

@@ -1,0 +1,538 @@
+"""The Hopper attention kernels' own source on a CPU: numbers, races, deadlocks, maps, schedules.
+
+And their machine code, where nvcc is.
+
+The simulator runs the kernels thread by thread (csrc/cuda/simulate/simulator.h), MMAs and copies at
+once or as late as the program allows. Pages nobody has, and places behind the last key, hold NaN
+scales; outputs and workspaces are NaN before.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from quant_kernels import cuda_attention, reference_attention
+from quant_kernels.cuda_attention import Attention, Decode, Prefill, decode_call, prefill_call
+from quant_kernels.kv4 import KVFormat, dequantize_kv, quantize_kv
+from quant_kernels.packing import KV_PAGE, pack_kv
+from quant_kernels.reference import quantize_activation
+from quant_kernels.registration import OpError
+from tests.quant_kernels.triton.test_prefill_attention import (
+    Case,
+    arguments,
+    check_against_reference,
+)
+
+CSRC = Path(__file__).parents[2] / "csrc"
+DIMS = (64, 128, 256)
+NULL_POINTER, BAD_SHAPE, BAD_ALIGNMENT, NO_KERNEL, SMALL_WORKSPACE = -1, -5, -6, -7, -8
+
+PREFILL = [
+    Case(64, 2, 2, ((130, 130), (3, 3))),  # two tiles of queries; pages, and a tail
+    Case(64, 3, 1, ((70, 100), (0, 80), (1, 65)), symmetric=True),  # 126 of 128 rows; no queries
+    Case(64, 8, 1, ((37, 420),)),  # more pages than stages; three tiles
+    Case(64, 2, 1, ((20, 10), (7, 0), (1, 64))),  # rows and tiles that see no key
+    Case(64, 1, 1, ((140, 600),), window=130),
+    Case(64, 1, 1, ((90, 90),), window=1),
+    Case(128, 8, 2, ((65, 300), (7, 70))),
+    Case(128, 4, 1, ((40, 400), (9, 9)), window=50),
+    Case(128, 1, 1, ((150, 330),), symmetric=True),
+    Case(256, 4, 1, ((35, 430), (3, 3))),
+    Case(256, 1, 1, ((130, 130),), window=70),
+]
+DECODE = [
+    (64, 3, 3, (100, 1, 64, 65), 0),
+    (64, 6, 2, (0, 260, 0, 30), 0),
+    (64, 16, 1, (130, 5), 0),  # two blocks of heads
+    (64, 4, 2, (400, 20, 129), 70),
+    (64, 2, 1, (400, 65), 1),
+    (128, 8, 1, (700, 1), 0),
+    (128, 4, 1, (70, 0, 300), 0),
+    (128, 24, 2, (200,), 0),
+    (256, 3, 1, (65, 330), 0),
+    (256, 9, 1, (40, 100), 33),
+]
+
+
+# --- running them ---
+def finish(said: bytes | None) -> None:
+    if said is not None:
+        raise RuntimeError(said.decode())
+
+
+def prefill(
+    simulator,
+    case: Case,
+    given: list[Tensor],
+    *,
+    resident: int = 2,
+    late: bool = True,
+    seed: int = 0,
+    out: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    if out is None:
+        out = torch.full(given[0].shape, math.nan, dtype=dtype)
+    longest = max(length for length, _ in case.lengths)
+    call = prefill_call(*given, longest, out, 1 / math.sqrt(case.dim), case.window)
+    run = simulator.quant_simulate_prefill
+    run.restype = ctypes.c_char_p
+    finish(run(ctypes.byref(call), resident, late, seed))
+    return out
+
+
+def decode(
+    simulator,
+    given: list[Tensor],
+    *,
+    window: int = 0,
+    workers: int = 5,
+    resident: int = 2,
+    late: bool = True,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    q_codes, q_scale, codes, scales, table, _, lengths = given
+    _, heads, dim = q_codes.shape
+    out = torch.full(q_codes.shape, math.nan, dtype=dtype)
+    row = heads // codes.shape[2] * (dim + cuda_attention.ROW_EXTRAS)
+    workspace = torch.full((workers * row + 16,), math.nan)
+    flags = torch.zeros(workers, dtype=torch.int32)
+    call = decode_call(
+        q_codes, q_scale, codes, scales, table, lengths, out, 1 / math.sqrt(dim), window,
+        workspace[:-16], workers,
+    )  # fmt: skip
+    run = simulator.quant_simulate_decode
+    run.restype = ctypes.c_char_p
+    finish(run(ctypes.byref(call), ctypes.c_void_p(flags.data_ptr()), resident, late, seed))
+    assert int(flags.abs().max()) == 0  # as the next launch wants them
+    assert bool(workspace[-16:].isnan().all())
+    return out
+
+
+def decode_arguments(dim: int, heads: int, kv_heads: int, lengths: tuple[int, ...]) -> list[Tensor]:
+    case = Case(dim, heads, kv_heads, tuple((1, length) for length in lengths))
+    return arguments(case, seed=sum(lengths))
+
+
+def wanted_of(given: list[Tensor], window: int = 0) -> Tensor:
+    sm_scale = 1 / math.sqrt(given[0].shape[2])
+    return reference_attention.prefill_attention(*given, sm_scale=sm_scale, window=window)
+
+
+# --- prefill ---
+@pytest.mark.parametrize("case", PREFILL, ids=str)
+def test_prefill_is_the_references(simulator, case):
+    given = arguments(case)
+    wanted = wanted_of(given, case.window)
+    found = prefill(simulator, case, given, late=False)
+    check_against_reference(found, wanted, given[3])
+    for resident, seed in ((1, 1), (3, 2)):  # every order of threads and copies: the same bits
+        again = prefill(simulator, case, given, resident=resident, seed=seed)
+        assert torch.equal(again, found)
+
+
+def test_chunks_of_a_prompt_are_the_prompt(simulator):
+    whole = Case(64, 2, 1, ((150, 150),))
+    given = arguments(whole, seed=5)
+    wanted = prefill(simulator, whole, given)
+    for first, last in ((0, 83), (83, 150)):
+        case = Case(64, 2, 1, ((last - first, last),))
+        part = slice(first, last)
+        bounds, total = torch.tensor([0, last - first]).int(), torch.tensor([last]).int()
+        chunk = [given[0][part], given[1][part], *given[2:5], bounds, total]
+        # A row's pages, their order and M do not depend on the rows beside it.
+        assert torch.equal(prefill(simulator, case, chunk), wanted[part])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_outputs_are_rounded_once(simulator, dtype):
+    case = Case(64, 2, 1, ((20, 90),))
+    given = arguments(case, seed=1)
+    wanted = prefill(simulator, case, given).to(dtype)
+    assert torch.equal(prefill(simulator, case, given, dtype=dtype), wanted)
+    given = decode_arguments(64, 2, 1, (90, 0))
+    wanted = decode(simulator, given).to(dtype)
+    assert torch.equal(decode(simulator, given, dtype=dtype), wanted)
+
+
+def test_strided_queries_and_outputs(simulator):
+    case = PREFILL[1]
+    given = arguments(case, seed=2)
+    wanted = prefill(simulator, case, given)
+    tokens, heads, dim = given[0].shape
+    wide = torch.full((tokens, heads + 2, dim), 0xFF, dtype=torch.uint8)
+    wide[:, 1:-1] = given[0].view(torch.uint8)
+    scales = torch.full((tokens, heads + 3), math.nan)
+    scales[:, :heads] = given[1]
+    out = torch.full((tokens, heads + 1, dim), math.nan)
+    strided = [wide.view(torch.float8_e4m3fn)[:, 1:-1], scales[:, :heads], *given[2:]]
+    prefill(simulator, case, strided, out=out[:, :heads])
+    assert torch.equal(out[:, :heads], wanted)
+    assert bool(out[:, heads].isnan().all())
+
+
+def test_where_pages_lie_does_not_matter(simulator):
+    case = PREFILL[6]
+    given = arguments(case, seed=4)
+    wanted = prefill(simulator, case, given)
+    order = torch.randperm(given[2].shape[1], generator=torch.Generator().manual_seed(9))
+    given[2], given[3] = (x[:, order].contiguous() for x in given[2:4])
+    given[4] = order.argsort()[given[4].long()].int()
+    assert torch.equal(prefill(simulator, case, given), wanted)
+
+
+# --- decode ---
+@pytest.mark.parametrize(("dim", "heads", "kv_heads", "lengths", "window"), DECODE)
+def test_decode_is_the_references(simulator, dim, heads, kv_heads, lengths, window):
+    given = decode_arguments(dim, heads, kv_heads, lengths)
+    wanted = wanted_of(given, window)
+    found = decode(simulator, given, window=window, late=False)
+    values = given[3][1].float().nan_to_num(0)
+    largest = float((values[..., 0].abs() * 8 + values[..., 1].abs()).max())
+    error = (found - wanted).abs()
+    # As check_against_reference: what is not FP32 rounding is an E4M3 step at a tie.
+    assert bool(found.isfinite().all())
+    assert int((error.amax(-1) > 2e-5 * largest).sum()) <= 1
+    assert float(error.max()) <= float(values[..., 0].abs().max())
+    assert bool((found[torch.tensor(lengths) == 0] == 0).all())
+    for resident, seed in ((1, 1), (5, 2)):
+        again = decode(simulator, given, window=window, resident=resident, seed=seed)
+        assert torch.equal(again, found)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 16, 40])
+def test_any_number_of_workers_gives_the_same(simulator, workers):
+    given = decode_arguments(64, 2, 1, (700, 0, 100))
+    wanted = decode(simulator, given, workers=7)
+    # M, and with it every P, does not depend on the split; only the order of FP32 sums does.
+    found = decode(simulator, given, workers=workers, resident=3)
+    assert torch.allclose(found, wanted, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("window", [0, 1, 64, 65, 1000])
+def test_the_schedule_covers_every_page_once(simulator, window):
+    for lengths in ((5,), (0, 0, 3), (64, 65, 0, 400), (0, 2000, 1, 0, 130, 64, 0)):
+        seen = [n for n in lengths]
+        pages = [
+            len({key // KV_PAGE for key in range(max(0, n - window) if window else 0, n)})
+            for n in seen
+        ]
+        ends = torch.tensor(pages).cumsum(0).int()
+        for heads, workers in ((1, 1), (2, 3), (3, 7), (8, 132)):
+            count, sizes, last = torch.zeros(len(pages), heads, max(pages)), [], {}
+            for worker in range(workers):
+                rows = torch.zeros(200, 4, dtype=torch.int32)
+                found = simulator.quant_decode_work(
+                    ctypes.c_void_p(ends.data_ptr()), len(pages), heads, workers, worker,
+                    ctypes.c_void_p(rows.data_ptr()), len(rows),
+                )  # fmt: skip
+                part = rows[:found].tolist()
+                for i, (sequence, head, begin, end) in enumerate(part):
+                    count[sequence, head, begin:end] += 1
+                    assert last.get((sequence, head), worker - 1) == worker - 1  # in order, no gaps
+                    last[sequence, head] = worker
+                    # What others wait for comes before what waits for others.
+                    assert i == 0 or end == pages[sequence]
+                sizes.append(sum(end - begin for *_, begin, end in part))
+            for sequence, n in enumerate(pages):
+                assert bool((count[sequence, :, :n] == 1).all())
+                assert bool((count[sequence, :, n:] == 0).all())
+            held = [size for size in sizes if size]
+            assert len(held) == min(workers, heads * sum(pages))
+            assert max(held) - min(held) <= 1
+
+
+# --- against FP64 ---
+def cache_of(keys: Tensor, values: Tensor) -> list[Tensor]:
+    """kv_codes, kv_scales and block_table of one sequence, [T, Hk, D] each."""
+    total, heads, dim = keys.shape
+    pages = math.ceil(total / KV_PAGE)
+    codes = torch.full((2, pages, heads, KV_PAGE, dim // 2), 0xFF, dtype=torch.uint8)
+    scales = torch.full((2, pages, heads, KV_PAGE, 2), math.nan).half()
+    slots = torch.arange(total)
+    for i, rows in enumerate((keys, values)):
+        packed, pairs = pack_kv(quantize_kv(rows, KVFormat()))
+        codes[i, slots // KV_PAGE, :, slots % KV_PAGE] = packed
+        scales[i, slots // KV_PAGE, :, slots % KV_PAGE] = pairs
+    return [codes, scales, torch.arange(pages).int().unsqueeze(0)]
+
+
+def exact(q: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention in FP64 over the cache's numbers, and how far E4M3 may move it.
+
+    P is rounded by 2^-4 of itself at most, or by half of the smallest step, 2^-10, in units of
+    z / 256 <= 2 max |s| / 256; each times its code.
+    """
+    k, v = quantize_kv(keys, KVFormat()), quantize_kv(values, KVFormat())
+    ratio = q.shape[1] // keys.shape[1]
+
+    def heads(x: Tensor) -> Tensor:
+        return x.double().repeat_interleave(ratio, dim=1).transpose(0, 1)  # [Hq, T, ...]
+
+    score = q.double().transpose(0, 1) @ heads(dequantize_kv(k)).mT / math.sqrt(q.shape[2])
+    length, total = len(q), len(keys)
+    seen = torch.arange(total) <= torch.arange(total - length, total)[:, None]
+    p = score.masked_fill(~seen, -math.inf).softmax(-1)
+    top = score.masked_fill(~seen, -math.inf).amax(-1, keepdim=True)
+    unnormed = torch.exp(score.masked_fill(~seen, -math.inf) - top).sum(-1, keepdim=True)
+    codes, scale = heads(v.codes).abs(), heads(v.scale).abs()
+    least = 2.0**-10 * 2 * scale.amax(1, keepdim=True) / 256 * 2 / unnormed  # M is up to 1 above
+    bound = (p * scale.mT) @ codes * 2.0**-4 + least * (seen.double() @ codes)
+    return (p @ heads(dequantize_kv(v))).transpose(0, 1), bound.transpose(0, 1)
+
+
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("outliers", [False, True])
+def test_the_error_against_fp64_is_that_of_rounding_p(simulator, dim, outliers):
+    generator = torch.Generator().manual_seed(dim + outliers)
+    x, keys, values = (torch.randn(200, n, dim, generator=generator) for n in (4, 2, 2))
+    if outliers:  # a channel of keys, tokens of values, elements of queries
+        keys[..., 3] += 12
+        values[::17] *= 20
+        x[torch.rand(x.shape, generator=generator) < 0.003] *= 15
+    codes, scale = quantize_activation(x[-70:], "fp8")
+    given = [codes, scale.squeeze(-1), *cache_of(keys, values)]
+    given += [torch.tensor([0, 70]).int(), torch.tensor([200]).int()]
+    wanted, bound = exact(codes.float() * scale, keys, values)
+    slack = 1e-4 * wanted.abs().max()
+    error = (prefill(simulator, Case(dim, 4, 2, ((70, 200),)), given) - wanted).abs()
+    assert bool((error <= bound + slack).all())
+    given[:2] = codes[-1:], scale[-1:].squeeze(-1)
+    given[5] = torch.tensor([0, 1]).int()
+    error = (decode(simulator, given) - wanted[-1:]).abs()
+    assert bool((error <= bound[-1:] + slack).all())
+
+
+# --- maps ---
+def test_every_byte_becomes_its_codes(simulator):
+    bytes_ = torch.arange(256, dtype=torch.uint8)
+    words = bytes_.repeat_interleave(4)
+    e4m3, halves = (torch.zeros(512, dtype=torch.int32) for _ in range(2))
+    simulator.quant_attention_codes(
+        ctypes.c_void_p(words.data_ptr()), ctypes.c_int64(256),
+        ctypes.c_void_p(e4m3.data_ptr()), ctypes.c_void_p(halves.data_ptr()),
+    )  # fmt: skip
+    nibbles = torch.stack((bytes_ & 15, bytes_ >> 4), dim=1).int()
+    codes = torch.where(nibbles > 7, nibbles - 16, nibbles).float()
+    found = e4m3.view(torch.float8_e4m3fn).float().view(256, 2, 4) * 512
+    assert torch.equal(found, codes.unsqueeze(-1).expand(256, 2, 4))
+    found = halves.view(torch.float16).float().view(256, 2, 2)
+    assert torch.equal(found, codes.unsqueeze(-1).expand(256, 2, 2))
+
+
+def layout(simulator, dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tables = (
+        torch.zeros(KV_PAGE, dtype=torch.int32),
+        torch.zeros(KV_PAGE, dtype=torch.int32),
+        torch.zeros(KV_PAGE * dim // 32, 2, dtype=torch.int32),
+        torch.zeros(dim // 64, 32, dtype=torch.int32),
+    )
+    simulator.quant_prefill_layout(dim, *(ctypes.c_void_p(t.data_ptr()) for t in tables))
+    return tables
+
+
+def test_slots_of_p_are_columns_of_s(simulator):
+    tokens, columns, _, _ = layout(simulator, 64)
+    assert sorted(tokens.tolist()) == list(range(KV_PAGE))
+    assert sorted(columns.tolist()) == list(range(KV_PAGE))
+    # PTX: accumulator register i of 4 j + i of lane q: columns 8 j + 2 q + i % 2. Operand register
+    # r, byte b: k = 16 (r / 2) + 4 q + b. P's byte (r, b) of step s is packed of S's registers
+    # 4 (4 s + 2 (r / 2) + b / 2) + b % 2 (row g): the same slot.
+    for step in range(2):
+        for q in range(4):
+            for h in range(2):
+                for b in range(4):
+                    j = 4 * step + 2 * h + b // 2
+                    slot = 32 * step + 16 * h + 4 * q + b
+                    assert int(columns[slot]) == 8 * j + 2 * q + b % 2
+
+
+def banks(addresses: list[int], width: int) -> list[int]:
+    return [(address // 4 + i) % 32 for address in addresses for i in range(width // 4)]
+
+
+@pytest.mark.parametrize("dim", DIMS)
+def test_unpacking_touches_every_byte_once_and_no_bank_twice(simulator, dim):
+    tokens, columns, chunks, words = layout(simulator, dim)
+    slot_of = tokens.argsort()
+    assert len({tuple(chunk) for chunk in chunks.tolist()}) == len(chunks)
+    assert int(chunks[:, 0].max()) == KV_PAGE - 1
+    assert int(chunks[:, 1].max()) == dim // 32 - 1
+    for eight in chunks.view(-1, 8, 2).tolist():  # 16 bytes each: eight lanes at a time
+        read = banks([token * dim // 2 + 16 * chunk for token, chunk in eight], 16)
+        assert len(set(read)) == 32
+        rows = [(int(columns[slot_of[token]]), 16 * chunk) for token, chunk in eight]
+        for first in (0, dim // 2):
+            placed = [row * 128 + ((byte + first) % 128 ^ row % 8 << 4) for row, byte in rows]
+            assert len(set(banks(placed, 16))) == 32
+    for round_ in words.tolist():
+        for i in range(16):  # 4 bytes each: a warp at a time
+            place = [
+                int(tokens[lane % 4 * 16 + i]) * dim // 2 + 4 * word
+                for lane, word in enumerate(round_)
+            ]
+            assert len(set(banks(place, 4))) == 32
+        for begin in range(0, 32, 8):
+            for byte in range(4):
+                lanes = range(begin, begin + 8)
+                rows = [(4 * round_[lane] + byte, lane % 4 * 16) for lane in lanes]
+                placed = [row * 128 + (column ^ row % 8 << 4) for row, column in rows]
+                assert len(set(banks(placed, 16))) == 32
+    found = {(lane % 4, word) for round_ in words.tolist() for lane, word in enumerate(round_)}
+    assert len(found) == 4 * dim // 8
+
+
+# --- what is refused ---
+def test_what_no_kernel_takes_is_refused_with_its_reason(simulator):
+    case = Case(64, 2, 1, ((5, 9),))
+    given = arguments(case)
+    out = torch.empty(given[0].shape)
+    workspace = torch.empty(4 * 2 * 68)
+
+    def status(**changes: object) -> set[int]:
+        calls = (
+            prefill_call(*given, 5, out, 0.125, 0),
+            decode_call(*given[:5], given[6], out, 0.125, 0, workspace, 4),
+        )
+        found = set()
+        for call, check in zip(calls, ("prefill", "decode"), strict=True):
+            for name, value in changes.items():
+                owner = call if hasattr(call, name) else call.attention
+                setattr(owner, name, value)
+            found.add(simulator[f"quant_cuda_{check}_check"](ctypes.byref(call)))
+        return found
+
+    assert status() == {0}
+    assert status(head_dim=96) == {NO_KERNEL}
+    assert status(head_dim=32) == {NO_KERNEL}
+    assert status(heads=17) == {0, NO_KERNEL}  # of a KV head: 16 in decode, 128 in prefill
+    assert status(heads=129) == {NO_KERNEL}
+    assert status(heads=3, kv_heads=2) == {BAD_SHAPE}
+    assert status(window=-1) == {BAD_SHAPE}
+    assert status(sm_scale=0.0) == {BAD_SHAPE}
+    assert status(out_type=3) == {BAD_SHAPE}
+    assert status(kv_scales=None) == {NULL_POINTER}
+    assert status(q_token=120) == {BAD_ALIGNMENT}
+    assert status(out_token=66) == {BAD_ALIGNMENT}
+    assert status(workspace_bytes=100) == {0, SMALL_WORKSPACE}
+    assert status(batch=1025) == {0, NO_KERNEL}
+    assert status(workers=0) == {0, BAD_SHAPE}
+    assert status(max_query_len=0) == {0, BAD_SHAPE}
+
+
+def test_the_op_says_what_takes_other_shapes():
+    case = Case(96, 2, 1, ((5, 9),))
+    given = arguments(case)
+    out = torch.empty(given[0].shape)
+    with pytest.raises(OpError, match=r"head_dim 64, 128, 256.*head_dim 96.*triton"):
+        cuda_attention.prefill_attention(*given, 5, out, 0.1, 0)
+    given = arguments(Case(64, 17, 1, ((1, 9),)))
+    with pytest.raises(OpError, match=r"up to 16 query heads.*17"):
+        cuda_attention.decode_attention(*given[:5], given[6], given[0].float(), 0.1, 0, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "structure"),
+    [("Attention", Attention), ("Prefill", Prefill), ("Decode", Decode)],
+)
+def test_the_structures_are_the_headers(name, structure):
+    header = (CSRC / "include" / "quant_cuda.h").read_text()
+    body = header[: header.index(f"}} QuantCuda{name};")]
+    declared = []
+    for line in body[body.rindex("typedef struct {") :].splitlines()[1:]:
+        line = line.split("//")[0].strip().rstrip(";")
+        if line:
+            names = line.replace("const ", "").split(" ", 1)[1]
+            declared += [name.strip(" *") for name in names.split(",")]
+    assert declared == [field for field, *_ in structure._fields_]
+
+
+def test_decode_blocks_share_a_multiprocessor(simulator):
+    blocks = simulator.quant_cuda_decode_blocks
+    assert [blocks(32, 8, dim) for dim in DIMS] == [4, 3, 2]
+    assert blocks(32, 8, 96) == 0
+    assert blocks(34, 2, 128) == 0
+
+
+# --- machine code ---
+def cutlass_include() -> Path | None:
+    """CUTLASS's headers: $CUTLASS_DIR's, or those that a build has fetched."""
+    folders = [Path(os.environ["CUTLASS_DIR"])] if "CUTLASS_DIR" in os.environ else []
+    folders += sorted((CSRC.parent / "build").glob("*/cutlass"))
+    found = (folder / "include" for folder in folders)
+    return next((f for f in found if (f / "cutlass" / "version.h").is_file()), None)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, list[str]]]:
+    """What ptxas says, and the instructions of every kernel by its name."""
+    nvcc, include = shutil.which("nvcc"), cutlass_include()
+    triton = pytest.importorskip("triton")
+    disassembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if nvcc is None or include is None or not disassembler.is_file():
+        pytest.skip("needs nvcc, CUTLASS's headers (CUTLASS_DIR) and cuobjdump")
+    target = tmp_path_factory.mktemp("attention") / "attention.o"
+    command = [nvcc, "-c", str(CSRC / "cuda" / "attention.cu"), "-o", str(target)]
+    command += ["-gencode=arch=compute_90a,code=sm_90a", "-std=c++17", "-O3", "-DNDEBUG"]
+    command += ["--expt-relaxed-constexpr", "-Xptxas", "-v"]
+    command += [f"-I{CSRC}", f"-I{CSRC / 'include'}", f"-I{include}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    dump = [str(disassembler), "-sass", str(target)]
+    text = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
+    kernels = {}
+    for part in text.split("Function : ")[1:]:
+        name = part.split("\n", 1)[0]
+        found = re.search(r"(prefill|decode)_kernel.*ConfigI((?:Li\d+E)+)", name)
+        if found:
+            sizes = re.findall(r"Li(\d+)E", found[2])
+            kernels["_".join((found[1], *sizes))] = re.findall(
+                r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][\w.]*)", part, re.MULTILINE
+            )
+    return done.stdout + done.stderr, kernels
+
+
+def counter(kernels: dict[str, list[str]], name: str) -> Callable[[str], int]:
+    return lambda start: sum(op.startswith(start) for op in kernels[name])
+
+
+def test_no_kernel_spills_or_serializes(compiled):
+    log, kernels = compiled
+    assert len(kernels) == len(DIMS) * 3
+    assert "serialized" not in log
+    assert not re.search(r"[1-9]\d* bytes (stack frame|spill)", log)
+    for name in kernels:
+        count = counter(kernels, name)
+        assert count("LDL") == count("STL") == 0
+        assert count("UBLKCP") >= 4  # codes and scales of K and V
+
+
+@pytest.mark.parametrize("dim", DIMS)
+def test_prefill_multiplies_in_fp8_on_warpgroups(compiled, dim):
+    ops = compiled[1][f"prefill_{dim}"]
+    mmas = [op for op in ops if "GMMA" in op]
+    assert set(mmas) == {"QGMMA.64x64x32.F32.E4M3.E4M3"}  # Q K of 64 keys, P V of 64 channels
+    assert len(mmas) >= dim // 32 + 2 * dim // 64
+    assert sum(op.startswith("USETMAXREG") for op in ops) == 2
+    assert not any(op.startswith("HMMA") for op in ops)
+
+
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_decode_multiplies_once_for_all_heads(compiled, dim, blocks):
+    ops = compiled[1][f"decode_{dim}_{blocks}"]
+    # Of a page a warp has 16 tokens: D / 16 MMAs for K and as many for V, for every 8 heads.
+    assert sum(op.startswith("HMMA.16816.F32") for op in ops) == 2 * blocks * dim // 16
+    assert sum(op.startswith("MOVM") for op in ops) == 2 * blocks
