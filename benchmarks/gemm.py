@@ -136,14 +136,12 @@ def weights(n: int, k: int, formats: tuple[WeightFormat, ...], device: torch.dev
 
 def contestants(fmt: WeightFormat, device: torch.device) -> list[str]:
     """Which of BACKENDS multiply a format on a device."""
-    found = ["triton"]
-    if device.type == "cuda":
-        try:
-            found.append(dispatch.choose(f"gemm_{fmt.scheme}", device, "cutlass"))
-        except dispatch.BackendUnavailable:
-            return found  # and the baseline is for Hopper too
-        if fmt.numerics == "lut" and fmt.group_size == 128 and cutlass_baseline.available():
-            found.append("baseline")
+    try:
+        found = ["triton", dispatch.choose(f"gemm_{fmt.scheme}", device, "cutlass")]
+    except dispatch.BackendUnavailable:
+        return ["triton"]
+    if fmt.numerics == "lut" and fmt.group_size == 128 and cutlass_baseline.available():
+        found.append("baseline")
     return found
 
 

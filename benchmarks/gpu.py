@@ -156,15 +156,9 @@ def check_items(small: bool, device: torch.device) -> list[Item]:
     return [
         Item(name_of(trial.key, backend), partial(checks.run, trial, device, backend))
         for _, trial in ranked
-        for backend in backends(trial.op, device)
+        for backend in attention.backends(trial.op, device)
         if backend == "triton" or trial.everywhere
     ]
-
-
-def backends(op: str, device: torch.device) -> list[str]:
-    """Which kernels are checked on a device: Triton's, and Hopper's where they run."""
-    hopper = op in dispatch.CUTLASS_OPS and not unavailable(device)
-    return ["triton", "cutlass"] if hopper else ["triton"]
 
 
 def unavailable(device: torch.device) -> dict[str, str]:

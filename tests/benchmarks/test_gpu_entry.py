@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import checks, gpu, worker
-from benchmarks.gemm import random_weight
+from benchmarks import attention, checks, gpu, worker
+from benchmarks.gemm import contestants, random_weight
 from benchmarks.roofline import (
     Peaks,
     Work,
@@ -111,7 +111,8 @@ def test_ffn_shapes_are_found_by_their_names():
 
 def test_hopper_kernels_that_cannot_run_are_named():
     assert "cutlass" in gpu.unavailable(CPU)
-    assert gpu.backends("gemm_w4a8", CPU) == ["triton"]
+    assert attention.backends("decode_attention", CPU) == ["triton"]
+    assert contestants(WeightFormat("w4afp8", 128, "lut"), CPU) == ["triton"]
     assert gpu.name_of("gemm_w4a8: [1, 2]", "triton") == "gemm_w4a8: [1, 2]"
     assert gpu.name_of("gemm_w4a8: [1, 2]", "cutlass") == "gemm_w4a8 (cutlass): [1, 2]"
 
