@@ -2,10 +2,11 @@
 //
 // A GPU does not say when an asynchronous copy or MMA happens; it may be at once or as late as the
 // program lets it. Launch::late takes the second: a copy's destination holds 0xFF until nothing
-// else can go on, and an MMA reads its registers and tiles when its issuer waits for it. A kernel
-// that reads too early, or writes over what is still needed, computes other numbers then; one whose
-// barriers do not add up stops, and `run` says where every thread stands. Blocks start in the order
-// of their indices, at most Launch::resident at a time.
+// else can go on, half of the warps, others for every seed, run only then, and an MMA reads its
+// registers and tiles when its issuer waits for it. A kernel that reads too early, or writes over
+// what is still needed, computes other numbers then; one whose barriers do not add up stops, and
+// `run` says where every thread stands. Blocks start in the order of their indices, at most
+// Launch::resident at a time.
 //
 // Not simulated: memory order among threads (fences do nothing), bank conflicts, time.
 #pragma once
