@@ -47,7 +47,7 @@ native: $(VENV)/.build-tools ## the shared libraries, into build/dev
 
 baseline: $(VENV)/.build-tools ## CUTLASS's GEMM, to measure against, into build/baseline: minutes, 5-7 GB each of two
 	cmake -S csrc -B build/baseline -G Ninja -DQUANT_CUDA=ON -DQUANT_BASELINE=ON
-	cmake --build build/baseline
+	cmake --build build/baseline --target quant_cutlass
 
 clean: ## remove the environment, builds and caches
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

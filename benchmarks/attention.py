@@ -44,12 +44,12 @@ from benchmarks.timing import (  # noqa: E402
     l2_bytes,
     measure,
 )
-from quant_kernels import ops  # noqa: E402
+from quant_kernels import dispatch, ops  # noqa: E402
 from quant_kernels.packing import KV_PAGE  # noqa: E402
 
-BATCHES = (1, 8, 32, 64)
+BATCHES = (1, 8, 16, 64)
 QUICK_CONTEXTS = (2048, 16384)
-QUICK_BATCHES = (1, 32)
+QUICK_BATCHES = (1, 16)
 BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -58,9 +58,9 @@ BACKENDS = {
 # Of the free memory that a shape may take; what needs more is left out and said so.
 MEMORY_SHARE = 0.8
 HEADER = """\
-| attention | batch | context | us | spread | TFLOP/s | GB/s | roofline \
+| attention | backend | batch | context | us | spread | TFLOP/s | GB/s | roofline \
 | bf16 us | bf16 by | x bf16 |
-|---|---|---|---|---|---|---|---|---|---|---|
+|---|---|---|---|---|---|---|---|---|---|---|---|
 """
 
 
@@ -92,7 +92,9 @@ def queries(tokens: int, model: ModelShape, device: torch.device) -> tuple[Tenso
     return codes, scale, torch.empty(shape, dtype=torch.bfloat16, device=device)
 
 
-def prefill_calls(model: ModelShape, length: int, device: torch.device) -> list[Call]:
+def prefill_calls(
+    model: ModelShape, length: int, device: torch.device, backend: str = "triton"
+) -> list[Call]:
     """Our prefill of a prompt, a call for every copy of its cache."""
     cache = Cache(model, 1, length, device)
     codes, scale, out = queries(length, model, device)
@@ -100,23 +102,25 @@ def prefill_calls(model: ModelShape, length: int, device: torch.device) -> list[
     return [
         functools.partial(
             ops.prefill_attention, codes, scale, cache.codes, cache.scales, table, bounds,
-            cache.lengths, length, out, sm_scale=model.head_dim**-0.5, backend="triton",
+            cache.lengths, length, out, sm_scale=model.head_dim**-0.5, backend=backend,
         )
         for table in cache.tables
     ]  # fmt: skip
 
 
-def decode_calls(model: ModelShape, batch: int, length: int, device: torch.device) -> list[Call]:
+def decode_calls(
+    model: ModelShape, batch: int, length: int, device: torch.device, backend: str = "triton"
+) -> list[Call]:
     """Our decode step, a call for every copy of the caches."""
     cache = Cache(model, batch, length, device)
     codes, scale, out = queries(batch, model, device)
     heads = (batch, model.heads, model.kv_heads, model.head_dim)
-    size = ops.workspace_bytes(device, attention=heads, backend="triton")
+    size = ops.workspace_bytes(device, attention=heads, backend=backend)
     workspace = torch.empty(size, dtype=torch.uint8, device=device)
     return [
         functools.partial(
             ops.decode_attention, codes, scale, cache.codes, cache.scales, table, cache.lengths,
-            out, sm_scale=model.head_dim**-0.5, workspace=workspace, backend="triton",
+            out, sm_scale=model.head_dim**-0.5, workspace=workspace, backend=backend,
         )
         for table in cache.tables
     ]  # fmt: skip
@@ -154,7 +158,7 @@ def baselines(
 
 
 def measure_prefill(model: ModelShape, length: int, device: torch.device) -> list[dict[str, Any]]:
-    """One row; "error" or "skipped" where there is no time."""
+    """A row a backend; "error" or "skipped" where there is no time."""
     ratio = model.heads // model.kv_heads
     needed = 2 * length * model.head_dim * (3 * model.heads + 2 * model.kv_heads * (1 + ratio))
     row = {"op": "prefill", "model": model.name, "batch": 1, "context": length}
@@ -163,7 +167,7 @@ def measure_prefill(model: ModelShape, length: int, device: torch.device) -> lis
         row | asdict(work),
         needed,
         device,
-        lambda: prefill_calls(model, length, device),
+        lambda backend: prefill_calls(model, length, device, backend),
         lambda: baselines(model, 1, length, length, device),
     )
 
@@ -171,7 +175,7 @@ def measure_prefill(model: ModelShape, length: int, device: torch.device) -> lis
 def measure_decode(
     model: ModelShape, batch: int, length: int, device: torch.device
 ) -> list[dict[str, Any]]:
-    """One row; "error" or "skipped" where there is no time."""
+    """A row a backend; "error" or "skipped" where there is no time."""
     needed = 4 * batch * length * model.kv_heads * model.head_dim * 2
     row = {"op": "decode", "model": model.name, "batch": batch, "context": length}
     work = decode_work(batch, length, model.heads, model.kv_heads, model.head_dim)
@@ -179,7 +183,7 @@ def measure_decode(
         row | asdict(work),
         needed,
         device,
-        lambda: decode_calls(model, batch, length, device),
+        lambda backend: decode_calls(model, batch, length, device, backend),
         lambda: baselines(model, batch, 1, length, device),
     )
 
@@ -188,7 +192,8 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as a table; a ratio above 1 is in our favour."""
     lines = HEADER.splitlines()
     for row in rows:
-        head = [f"{row['model']} {row['op']}", str(row["batch"]), str(row["context"])]
+        head = [f"{row['model']} {row['op']}", row.get("backend", "")]
+        head += [str(row["batch"]), str(row["context"])]
         if "us" not in row:
             reason = row.get("error") or row.get("skipped")
             lines.append("| " + " | ".join([*head, str(reason)]) + " |" * 8)
@@ -218,10 +223,10 @@ def _row(
     row: dict[str, Any],
     needed: int,
     device: torch.device,
-    ours: Callable[[], list[Call]],
+    ours: Callable[[str], list[Call]],
     theirs: Callable[[], dict[str, list[Call]]],
 ) -> list[dict[str, Any]]:
-    """Time both, one after the other, so that only one side's buffers are held."""
+    """Time them one after the other, so that only one side's buffers are held."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         free = torch.cuda.mem_get_info(device)[0]
@@ -233,14 +238,27 @@ def _row(
         row |= {"bf16_us": timing.us, "bf16_by": name, "bf16_spread": timing.spread}
     except RuntimeError as error:
         row["bf16_error"] = str(error)
+    rows = []
+    for backend in backends(f"{row['op']}_attention", device):
+        mine = row | {"backend": backend}
+        try:
+            timing = measure(ours(backend), device)
+        except Exception as error:
+            rows.append(mine | {"error": first_line(error)})
+            continue
+        mine |= {"us": timing.us, "spread": timing.spread, "how": timing.how}
+        if row["bf16_us"]:
+            mine["x_bf16"] = row["bf16_us"] / timing.us
+        rows.append(mine)
+    return rows
+
+
+def backends(op: str, device: torch.device) -> list[str]:
+    """Whose kernels of an op run on a device: Triton's, and cutlass's on Hopper."""
     try:
-        mine = measure(ours(), device)
-    except Exception as error:
-        return [row | {"error": first_line(error)}]
-    row |= {"us": mine.us, "spread": mine.spread, "how": mine.how}
-    if row["bf16_us"]:
-        row["x_bf16"] = row["bf16_us"] / mine.us
-    return [row]
+        return ["triton", dispatch.choose(op, device, "cutlass")]
+    except dispatch.BackendUnavailable:
+        return ["triton"]
 
 
 def main() -> None:

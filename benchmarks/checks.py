@@ -42,11 +42,15 @@ class Call:
 
 @dataclass(frozen=True)
 class Trial:
-    """One call of an op, made only when its turn comes; label: the shapes."""
+    """One call of an op, made only when its turn comes; label: the shapes.
+
+    everywhere: whether every backend takes it, or Triton's alone.
+    """
 
     op: str
     label: str
     make: Callable[[torch.device], Call]
+    everywhere: bool = True
 
     @property
     def key(self) -> str:

@@ -3,8 +3,10 @@
     python benchmarks/gemm.py --json gemm.json --markdown gemm.md --plot gemm.png
     python benchmarks/gemm.py --device cpu --json gemm-cpu.json     (`gemm_cpu.py`)
 
-For every linear [N, K] of `shapes.MODELS` and every M of `shapes.TOKENS`: both schemes, and in the
-same run BF16 (torch.mm, which is cuBLAS) and FP8 (torch._scaled_mm, scales per row and per token).
+For every linear [N, K] of `shapes.MODELS` and every M of `shapes.TOKENS`: both schemes in every
+backend that runs there (Triton, and on Hopper cutlass; `baseline` is CUTLASS's own mixed-input GEMM
+where libquant_cutlass.so is built), and in the same run BF16 (torch.mm, which is cuBLAS) and FP8
+(torch._scaled_mm, scales per row and per token).
 All of them rotate through copies of their weights larger than the L2 cache (`timing.py`). Weights
 are random bytes, legal codes all of them, with legal random scales; activations are random too,
 since zeros cost less power and run faster. Activation quantization is timed on its own, from a
@@ -31,7 +33,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # also with nothing installed
 from benchmarks.roofline import Peaks, Work, gemm_work, measure_peaks, plot, rates  # noqa: E402
 from benchmarks.shapes import MODELS, TOKENS, ModelShape  # noqa: E402
 from benchmarks.timing import Timing, copies, first_line, gpu_state, l2_bytes, measure  # noqa: E402
-from quant_kernels import ops, reference  # noqa: E402
+from quant_kernels import cutlass_baseline, dispatch, ops, reference  # noqa: E402
 from quant_kernels.formats import (  # noqa: E402
     INT8_ANCHOR,
     LUT_ANCHOR,
@@ -39,14 +41,15 @@ from quant_kernels.formats import (  # noqa: E402
     WeightFormat,
     round_row_unit,
 )
-from quant_kernels.packing import SCALE_DTYPES, SplitWeight, span_of  # noqa: E402
+from quant_kernels.packing import SCALE_DTYPES, SplitWeight, join_weight, span_of  # noqa: E402
 
 FORMATS = (WeightFormat("w4afp8", 128, "lut"), WeightFormat("w4a8", 128, "int8"))
 QUICK_TOKENS = (1, 16, 64, 512, 4096)
+BACKENDS = ("triton", "cutlass", "baseline")
 HEADER = """\
-| linear | N x K | M | format | us | spread | TFLOP/s | GB/s | roofline | bf16 us | x bf16 \
-| fp8 us | x fp8 | quantize us | x bf16 with quantize |
-|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|
+| linear | N x K | M | format | backend | us | spread | TFLOP/s | GB/s | roofline | bf16 us \
+| x bf16 | fp8 us | x fp8 | quantize us | x bf16 with quantize |
+|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|
 """
 
 
@@ -101,9 +104,10 @@ def random_weight(
 
 @dataclass(frozen=True)
 class Held:
-    """Copies of one linear's weights: per format, in BF16, and in FP8 with scales [1, N]."""
+    """Copies of one linear's weights: per format and backend, in BF16, and in FP8 with scales
+    [1, N]."""
 
-    split: dict[WeightFormat, list[SplitWeight]]
+    ours: dict[tuple[WeightFormat, str], list[Any]]
     bf16: list[Tensor]
     fp8: list[tuple[Tensor, Tensor]]
 
@@ -113,10 +117,11 @@ class Held:
 def weights(n: int, k: int, formats: tuple[WeightFormat, ...], device: torch.device) -> Held:
     """As many copies of each as evict one another from the L2."""
     l2 = l2_bytes(device)
-    split = {
-        fmt: [random_weight(n, k, fmt, device, seed) for seed in range(copies(n * k // 2, l2))]
-        for fmt in formats
-    }
+    ours: dict[tuple[WeightFormat, str], list[Any]] = {}
+    for fmt in formats:
+        made = [random_weight(n, k, fmt, device, seed) for seed in range(copies(n * k // 2, l2))]
+        for backend in contestants(fmt, device):
+            ours[fmt, backend] = [prepared(weight, backend) for weight in made]
     bf16 = [
         torch.randn(n, k, dtype=torch.bfloat16, device=device) * 0.02
         for _ in range(copies(2 * n * k, l2))
@@ -126,13 +131,34 @@ def weights(n: int, k: int, formats: tuple[WeightFormat, ...], device: torch.dev
         codes = torch.randn(n, k, dtype=torch.bfloat16, device=device) * 64
         scale = torch.rand(1, n, device=device) * 0.01 + 0.001
         fp8.append((codes.to(torch.float8_e4m3fn), scale))
-    return Held(split, bf16, fp8)
+    return Held(ours, bf16, fp8)
+
+
+def contestants(fmt: WeightFormat, device: torch.device) -> list[str]:
+    """Which of BACKENDS multiply a format on a device."""
+    try:
+        found = ["triton", dispatch.choose(f"gemm_{fmt.scheme}", device, "cutlass")]
+    except dispatch.BackendUnavailable:
+        return ["triton"]
+    if fmt.numerics == "lut" and fmt.group_size == 128 and cutlass_baseline.available():
+        found.append("baseline")
+    return found
+
+
+def prepared(weight: SplitWeight, backend: str) -> Any:
+    """The weight as a backend reads it."""
+    if backend == "triton":
+        return weight
+    packed = join_weight(weight)
+    if backend == "baseline":
+        return cutlass_baseline.prepare(packed)
+    return ops.prepare(packed, backend=backend)
 
 
 def measure_gemm(
     shape: Shape, m: int, device: torch.device, formats: tuple[WeightFormat, ...] = FORMATS
 ) -> list[dict[str, Any]]:
-    """A row a format: what was timed, or under "error" why it could not be."""
+    """A row a format and backend: what was timed, or under "error" why it could not be."""
     n, k = shape.n, shape.k
     held = weights(n, k, formats, device)
     x = torch.randn(m, k, dtype=torch.bfloat16, device=device)
@@ -149,18 +175,17 @@ def measure_gemm(
 
     bf16 = attempt("bf16", lambda: measure(_bf16_calls(x, held.bf16, out), device))
     fp8 = attempt("fp8", lambda: measure(_fp8_calls(*codes["fp8"], held.fp8), device))
-    size = ops.workspace_bytes(device, gemms=[(n, k)], max_tokens=m, backend="triton")
-    workspace = torch.empty(size, dtype=torch.uint8, device=device)
     rows = []
-    for fmt in formats:
-        calls = _our_calls(*codes[fmt.activation], held.split[fmt], out, workspace)
-        label = fmt.label
+    for (fmt, backend), held_weights in held.ours.items():
+        calls = _our_calls(backend, *codes[fmt.activation], held_weights, out)
+        label = f"{fmt.label} {backend}"
         ours = attempt(label, lambda calls=calls: measure(calls, device))
         quantize = attempt(
             "quantize", lambda fmt=fmt: quantize_timing(m, k, fmt.activation, device)
         )
         work = gemm_work(m, n, k, fmt)
-        row = {"names": shape.names, "n": n, "k": k, "m": m, "format": label, **asdict(work)}
+        row = {"names": shape.names, "n": n, "k": k, "m": m, "format": fmt.label}
+        row |= {"backend": backend, **asdict(work)}
         for name, timing in (("bf16", bf16), ("fp8", fp8), ("quantize", quantize)):
             row[f"{name}_us"] = timing.us if timing else None
             row[f"{name}_spread"] = timing.spread if timing else None
@@ -179,14 +204,12 @@ def compile_once(
     """Run the kernels that `measure_gemm` will time: Triton keeps what it compiled on disk."""
     out = torch.empty(m, shape.n, dtype=torch.bfloat16, device=device)
     x = torch.randn(m, shape.k, dtype=torch.bfloat16, device=device)
-    size = ops.workspace_bytes(device, gemms=[(shape.n, shape.k)], max_tokens=m, backend="triton")
-    workspace = torch.empty(size, dtype=torch.uint8, device=device)
     for fmt in formats:
         dtype = torch.float8_e4m3fn if fmt.activation == "fp8" else torch.int8
         codes, scale = torch.empty_like(x, dtype=dtype), torch.empty(m, 1, device=device)
         ops.quantize_activation(x, codes, scale, backend="triton")
         weight = random_weight(shape.n, shape.k, fmt, device)
-        _our_calls(codes, scale, [weight], out, workspace)[0]()
+        _our_calls("triton", codes, scale, [weight], out)[0]()
 
 
 @functools.lru_cache(maxsize=256)
@@ -212,7 +235,8 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as a table; ratios above 1 are in our favour."""
     lines = HEADER.splitlines()
     for row in rows:
-        head = [row["names"][0], f"{row['n']} x {row['k']}", str(row["m"]), row["format"]]
+        head = [row["names"][0], f"{row['n']} x {row['k']}", str(row["m"])]
+        head += [row["format"], row["backend"]]
         if "error" in row:
             lines.append("| " + " | ".join([*head, row["error"]]) + " |" * 11)
             continue
@@ -246,12 +270,17 @@ def _ratios(
 
 
 def _our_calls(
-    codes: Tensor, scale: Tensor, held: Sequence[SplitWeight], out: Tensor, workspace: Tensor
+    backend: str, codes: Tensor, scale: Tensor, held: Sequence[Any], out: Tensor
 ) -> list[Callable[[], object]]:
+    (m, n), k = out.shape, codes.shape[1]
+    if backend == "baseline":
+        return [
+            functools.partial(cutlass_baseline.gemm, codes, scale, weight, out) for weight in held
+        ]
+    size = ops.workspace_bytes(codes.device, gemms=[(n, k)], max_tokens=m, backend=backend)
+    workspace = torch.empty(size, dtype=torch.uint8, device=codes.device)
     return [
-        functools.partial(
-            ops.gemm, codes, scale, weight, out, workspace=workspace, backend="triton"
-        )
+        functools.partial(ops.gemm, codes, scale, weight, out, workspace=workspace, backend=backend)
         for weight in held
     ]
 

@@ -41,6 +41,7 @@ from benchmarks.roofline import COPY_BYTES, PEAK_SIZE, Peaks, measure_peaks  # n
 from benchmarks.shapes import CONTEXTS, MODELS, TOKENS, ModelShape  # noqa: E402
 from benchmarks.timing import gpu_state, synchronizer  # noqa: E402
 from benchmarks.worker import Item, supervise, work  # noqa: E402
+from quant_kernels import dispatch  # noqa: E402
 
 GROUPS: dict[str, Callable[[bool], list[checks.Trial]]] = {
     "activation": trials.activation_trials,
@@ -57,6 +58,7 @@ MOST_PROCESSES = 12
 BYTES_OF_PROCESS = 5e9
 LAST_SECONDS = 15.0  # for the last item to end, and for the tables
 DECODE_WEIGHT_BYTES = 30e6
+FFN_TOKENS = 16 * 1024
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,8 @@ PLAN = Plan(
     MODELS,
     (MODELS[0], MODELS[3], MODELS[1]),  # the one that is missing has the first one's heads
     (
-        Tier((1, 16, 4096), (16384,), (1, 32)),
-        Tier((64, 2048, 8192), (4096, 65536), attention.BATCHES),
+        Tier((1, 16, 64, 4096), (16384,), (1, 16)),
+        Tier((2048, FFN_TOKENS), (4096, 32768), attention.BATCHES),
         Tier(TOKENS, CONTEXTS, attention.BATCHES),
     ),
     (PEAK_SIZE, COPY_BYTES),
@@ -94,29 +96,53 @@ SMALL_PLAN = Plan((TINY,), (TINY,), (Tier((3,), (70,), (2,)),), (64, 2**16))
 
 @dataclass(frozen=True)
 class Goal:
-    """A ratio to BF16 that every row of a kind should reach."""
+    """A figure of a row, `column`, that every row of a kind should reach."""
 
     name: str
     table: str
-    ratio: float
+    column: str
+    least: float
     covers: Callable[[dict[str, Any]], bool]
 
 
+def _decodes(row: dict[str, Any]) -> bool:
+    return bool(row["m"] <= 16 and row["n"] * row["k"] / 2 >= DECODE_WEIGHT_BYTES)
+
+
+def _is_ffn(row: dict[str, Any]) -> bool:
+    wanted = ("Llama-2-7B gate_up", "Llama-2-7B down", "Llama-3-8B gate_up", "Llama-3-8B down")
+    return row["m"] == FFN_TOKENS and any(name in wanted for name in row["names"])
+
+
 GOALS = (
+    Goal("M <= 16, 30 MB of codes and more: x bf16", "gemm", "x_bf16", 3.0, _decodes),
+    Goal("M <= 16, 30 MB and more: of the copy bandwidth", "gemm", "bandwidth", 0.75, _decodes),
+    Goal("M = 64: x bf16", "gemm", "x_bf16", 2.5, lambda row: row["m"] == 64),
+    Goal("M = 64: x FP8", "gemm", "x_fp8", 1.4, lambda row: row["m"] == 64),
+    Goal("M >= 2048: x bf16", "gemm", "x_bf16", 1.6, lambda row: row["m"] >= 2048),
+    Goal("M >= 2048: x FP8", "gemm", "x_fp8", 0.8, lambda row: row["m"] >= 2048),
+    Goal("FFN of 7B and 8B at 16 x 1024 tokens: x bf16", "gemm", "x_bf16", 1.6, _is_ffn),
     Goal(
-        "decode GEMM, M <= 16, at least 30 MB of INT4 codes",
-        "gemm",
-        2.5,
-        lambda row: row["m"] <= 16 and row["n"] * row["k"] / 2 >= DECODE_WEIGHT_BYTES,
-    ),
-    Goal("prefill GEMM, M >= 2048", "gemm", 1.4, lambda row: row["m"] >= 2048),
-    Goal(
-        "decode attention at 16k, against SDPA",
+        "decode attention at 16k, batch 16: x SDPA",
         "attention",
-        2.5,
-        lambda row: row["op"] == "decode" and row["context"] == 16384,
+        "x_bf16",
+        3.0,
+        lambda row: row["op"] == "decode" and row["context"] == 16384 and row["batch"] == 16,
     ),
-    Goal("prefill attention, against SDPA", "attention", 1.0, lambda row: row["op"] == "prefill"),
+    Goal(
+        "decode attention at 16k, batch 16: of the copy bandwidth",
+        "attention",
+        "bandwidth",
+        0.65,
+        lambda row: row["op"] == "decode" and row["context"] == 16384 and row["batch"] == 16,
+    ),
+    Goal(
+        "prefill attention, 4k to 32k: x SDPA",
+        "attention",
+        "x_bf16",
+        1.25,
+        lambda row: row["op"] == "prefill" and 4096 <= row["context"] <= 32768,
+    ),
 )
 
 
@@ -127,7 +153,27 @@ def check_items(small: bool, device: torch.device) -> list[Item]:
         group = make(small)
         ranked += [(i / len(group), trial) for i, trial in enumerate(group)]
     ranked.sort(key=lambda pair: pair[0])
-    return [Item(trial.key, partial(checks.run, trial, device)) for _, trial in ranked]
+    return [
+        Item(name_of(trial.key, backend), partial(checks.run, trial, device, backend))
+        for _, trial in ranked
+        for backend in attention.backends(trial.op, device)
+        if backend == "triton" or trial.everywhere
+    ]
+
+
+def unavailable(device: torch.device) -> dict[str, str]:
+    """Why the Hopper kernels are not in the tables; empty where they are."""
+    try:
+        dispatch.choose(dispatch.CUTLASS_OPS[0], device, "cutlass")
+    except dispatch.BackendUnavailable as error:
+        return {"cutlass": str(error)}
+    return {}
+
+
+def name_of(key: str, backend: str) -> str:
+    """A trial's key, its op marked with the backend where it is not Triton's."""
+    op, _, label = key.partition(":")
+    return key if backend == "triton" else f"{op} ({backend}):{label}"
 
 
 def compile_items(small: bool, device: torch.device) -> list[Item]:
@@ -172,24 +218,28 @@ def measure_items(small: bool, device: torch.device) -> list[Item]:
 
 
 def goals(tables: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Each goal beside what was measured; per weight format where there are several."""
+    """Each goal beside what was measured, per backend and weight format."""
     found = []
     for goal in GOALS:
-        rows = [row for row in tables[goal.table] if row.get("x_bf16") and goal.covers(row)]
-        for label in sorted({row.get("format", "") for row in rows}) or [""]:
-            ratios = sorted(row["x_bf16"] for row in rows if row.get("format", "") == label)
+        rows = [row for row in tables[goal.table] if row.get(goal.column) and goal.covers(row)]
+        for label in sorted({_label(row) for row in rows}) or [""]:
+            ratios = sorted(row[goal.column] for row in rows if _label(row) == label)
             found.append(
                 {
                     "goal": f"{goal.name} {label}".strip(),
-                    "wanted": goal.ratio,
+                    "wanted": goal.least,
                     "shapes": len(ratios),
-                    "reached": sum(ratio >= goal.ratio for ratio in ratios),
+                    "reached": sum(ratio >= goal.least for ratio in ratios),
                     "least": ratios[0] if ratios else None,
                     "mean": geometric_mean(ratios),
                     "most": ratios[-1] if ratios else None,
                 }
             )
     return found
+
+
+def _label(row: dict[str, Any]) -> str:
+    return f"{row.get('backend', '')} {row.get('format', '')}".strip()
 
 
 def geometric_mean(values: Sequence[float]) -> float | None:
@@ -239,7 +289,7 @@ def run_measurements(args: argparse.Namespace, directory: Path, deadline: float)
         for row in record.get("result") or []:
             tables["gemm" if key.startswith("gemm") else "attention"].append(row)
             if "error" in row:
-                failed[f"{key} {row.get('format', '')}".strip()] = row["error"]
+                failed[f"{key} {_label(row)}".strip()] = row["error"]
     for rows in tables.values():
         if peaks:
             gemm.add_rates(rows, Peaks(**peaks))
@@ -271,7 +321,7 @@ def print_measurements(found: dict[str, Any]) -> None:
     if found["peaks"]:
         rates = [f"{k} {v / 1e12:.0f} TFLOP/s" for k, v in found["peaks"]["operations"].items()]
         print(f"\nceilings: {found['peaks']['bandwidth'] / 1e9:.0f} GB/s, {', '.join(rates)}")
-    print("\n| goal, x bf16 | wanted | least | mean | most | reached |\n|---|--:|--:|--:|--:|--:|")
+    print("\n| goal | wanted | least | mean | most | reached |\n|---|--:|--:|--:|--:|--:|")
     for row in found["goals"]:
         cells = (gemm.number(row[name], 2) or "-" for name in ("least", "mean", "most"))
         reached = f"{row['reached']} of {row['shapes']}"
@@ -349,6 +399,7 @@ def main() -> int:
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(started)),
         "versions": {name: _version(name) for name in ("torch", "triton", "numpy")},
         "gpu": gpu_state(device),
+        "unavailable": unavailable(device),
     }
     with tempfile.TemporaryDirectory(prefix="gpu-") as name:
         directory = Path(name)

@@ -86,12 +86,13 @@ def floor_us(work: Work, peaks: Peaks) -> float:
 
 
 def rates(work: Work, us: float, peaks: Peaks | None) -> dict[str, float | None]:
-    """TFLOP/s (or tera-operations), GB/s and the share of the roofline reached in `us`."""
+    """TFLOP/s (or tera-operations), GB/s, and the shares of roofline and bandwidth in `us`."""
     share = floor_us(work, peaks) / us if peaks and us else float("nan")
     return {
         "tflops": work.operations / us / 1e6,
         "gbps": work.bytes / us / 1e3,
         "roofline": share if share == share else None,
+        "bandwidth": work.bytes / us * 1e6 / peaks.bandwidth if peaks else None,
     }
 
 

@@ -40,8 +40,8 @@ CONTEXTS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
 
 # For correctness: tokens around every tile's edge, and rows (N) that no tile divides.
 EDGE_TOKENS = (1, 2, 3, 7, 15, 16, 17, 31, 33, 63, 65, 127, 129, 257)
-EDGE_ROWS = (16, 40, 72, 136, 264)
-EDGE_COLUMNS = (64, 128, 192, 384, 576)
+EDGE_ROWS = (16, 40, 72, 136, 264, 384)
+EDGE_COLUMNS = (64, 128, 192, 384, 512, 576)
 GQA_RATIOS = (1, 3, 4, 8)
 HEAD_DIMS = (64, 96, 128, 256)
 

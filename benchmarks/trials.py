@@ -8,6 +8,7 @@ length is NaN, as it may be in memory that nobody has written.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -38,6 +39,7 @@ from benchmarks.shapes import (
 )
 from quant_kernels import dispatch, ops, reference
 from quant_kernels.formats import GROUP_SIZES, WeightFormat, every_format
+from quant_kernels.ops import Weight
 from quant_kernels.packing import KV_PAGE, join_weight, unpack_kv
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -90,6 +92,8 @@ def gemm_trials(scheme: str, small: bool) -> list[Trial]:
             for m in (16, 2048, 1, 128)
             for i, (n, k) in enumerate(linears)
         ]
+        make = partial(_streams, fmt, *MODELS[0].linears["o"])
+        found.append(Trial(f"gemm_{scheme}", f"two streams at once {fmt.label}", make))
     for i, (m, n, k) in enumerate(shapes, start=2):
         fitting = [f for f in formats if f.per_channel or k % f.group_size == 0]
         for fmt in fitting if small else fitting[i % len(fitting) :: len(GROUP_SIZES)]:
@@ -180,9 +184,9 @@ def _gemm_trial(fmt: WeightFormat, m: int, n: int, k: int, variant: int) -> Tria
     residual = not silu and variant // 2 % 2 == 1
     label = f"[{m}, {k}] x [{n}, {k}] {fmt.label} to {_name(out)}"
     label += " bias" * bias + " residual" * residual + " silu" * silu
-    return Trial(
-        f"gemm_{fmt.scheme}", label, partial(_gemm, fmt, m, n, k, out, bias, residual, silu)
-    )
+    make = partial(_gemm, fmt, m, n, k, out, bias, residual, silu)
+    # Backend cutlass takes a gate of whole fragments of 64 rows.
+    return Trial(f"gemm_{fmt.scheme}", label, make, everywhere=not silu or n % 128 == 0)
 
 
 def _gemm(
@@ -202,14 +206,18 @@ def _gemm(
     codes, scale = reference.quantize_activation(_normal(generator, (m, k), 2.0), fmt.activation)
     bias = _normal(generator, (n,), 1.0) if with_bias else None
     residual = _normal(generator, (m, n), 1.0).bfloat16() if with_residual else None
-    size = ops.workspace_bytes(device, gemms=[(n, k)], max_tokens=m, backend="triton")
     columns = n // 2 if silu else n
 
+    @functools.cache
+    def prepared(backend: str) -> tuple[Weight, Tensor]:
+        sizes = ops.workspace_bytes(device, gemms=[(n, k)], max_tokens=m, backend=backend)
+        return ops.prepare(packed, backend=backend), poison((sizes,), torch.uint8, device)
+
     def call(backend: str, out: Outputs) -> None:
+        weight, workspace = prepared(backend)
         ops.gemm(
-            codes, scale, packed if backend == "reference" else split, out["out"], bias=bias,
-            residual=residual, silu_mul=silu, backend=backend,
-            workspace=poison((size,), torch.uint8, device),
+            codes, scale, weight, out["out"], bias=bias, residual=residual, silu_mul=silu,
+            backend=backend, workspace=workspace,
         )  # fmt: skip
 
     def judge(_: Outputs, found: Outputs) -> Figures:
@@ -234,6 +242,48 @@ def _gemm(
         }
 
     return Call(lambda: {"out": poison((m, columns), dtype, device)}, call, judge)
+
+
+def _streams(fmt: WeightFormat, n: int, k: int, device: torch.device) -> Call:
+    """Few tokens, whose sums meet in workspaces, in two streams that run beside each other."""
+    generator = torch.Generator(device).manual_seed(n)
+    packed = join_weight(random_weight(n, k, fmt, device))
+    inputs = [
+        reference.quantize_activation(_normal(generator, (m, k), 2.0), fmt.activation)
+        for m in (16, 33)
+    ]
+    streams = [torch.cuda.Stream(device) for _ in inputs] if device.type == "cuda" else []
+
+    @functools.cache
+    def prepared(backend: str) -> tuple[Weight, list[Tensor]]:
+        size = ops.workspace_bytes(device, gemms=[(n, k)], max_tokens=64, backend=backend)
+        spaces = [torch.empty(size, dtype=torch.uint8, device=device) for _ in inputs]
+        return ops.prepare(packed, backend=backend), spaces
+
+    def call(backend: str, out: Outputs) -> None:
+        weight, spaces = prepared(backend)
+        if backend == "reference" or not streams:
+            for (codes, scale), y in zip(inputs, out.values(), strict=True):
+                ops.gemm(codes, scale, weight, y, workspace=spaces[0], backend=backend)
+            return
+        for stream in streams:
+            stream.wait_stream(torch.cuda.current_stream())
+        for _ in range(20):
+            for i, y in enumerate(out.values()):
+                with torch.cuda.stream(streams[i]):
+                    ops.gemm(*inputs[i], weight, y, workspace=spaces[i], backend=backend)
+        for stream in streams:
+            torch.cuda.current_stream().wait_stream(stream)
+
+    def fresh() -> Outputs:
+        shapes = {f"out{i}": (len(codes), n) for i, (codes, _) in enumerate(inputs)}
+        return {name: poison(shape, torch.float32, device) for name, shape in shapes.items()}
+
+    def judge(wanted: Outputs, found: Outputs) -> Figures:
+        bound = 4 * _steps(fmt, k, device) ** 2 / 2 + 1e-10
+        return {name: metric(name, wanted[name], found[name], bound) for name in wanted}
+
+    return Call(fresh, call, judge)
 
 
 def _steps(fmt: WeightFormat, k: int, device: torch.device) -> float:
@@ -316,7 +366,8 @@ def _attention_trials(
         label = f"D {dim} ratio {ratio} window {window} {_name(DTYPES[i % 3])} batch {len(batch)}"
         label += f" up to {max(length for _, length in batch)} keys"
         make = partial(_attention, op, tuple(batch), 2, ratio, dim, window, DTYPES[i % 3])
-        found.append(Trial(op, label, make))
+        # Backend cutlass has kernels of these head dimensions.
+        found.append(Trial(op, label, make, everywhere=dim in (64, 128, 256)))
     return found
 
 
@@ -357,7 +408,6 @@ def _attention(
     bounds = torch.tensor([0, *itertools.accumulate(chunks)], dtype=torch.int32, device=device)
     kv_lens = torch.tensor(lengths, dtype=torch.int32, device=device)
     form = (len(batch), heads, kv_heads, dim)
-    size = ops.workspace_bytes(device, attention=form, backend="triton")
     sm_scale = dim**-0.5
 
     def call(backend: str, out: Outputs) -> None:
@@ -368,6 +418,7 @@ def _attention(
                 sm_scale=sm_scale, window=window, backend=backend,
             )  # fmt: skip
         else:
+            size = ops.workspace_bytes(device, attention=form, backend=backend)
             ops.decode_attention(
                 *cache, kv_lens, out["out"], sm_scale=sm_scale, window=window,
                 workspace=poison((size,), torch.uint8, device), backend=backend,

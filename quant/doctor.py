@@ -71,22 +71,20 @@ def diagnose() -> Diagnosis:
         _cuda_library(),
         _torch_gpu(),
     )
-    missing = "this version has no kernels for this backend"
-    unused = "its kernels are there (ops), but generation does not run on them yet"
     no_library = cpu.why_unavailable()
+    no_gpu = dispatch.why_no_triton() or _why_no_gpu()
     backends = {
         "reference": None,
-        "cpu": no_library or unused,
-        "triton": unused,
-        "cutlass": missing,
+        "cpu": no_library,
+        "triton": no_gpu,
+        "cutlass": _why_no_gpu() or cuda.why_unavailable(),
     }
     schemes = tuple(
         Check(f"{scheme} on {backend}", reason is None, reason or meaning)
         for scheme, meaning in SCHEMES.items()
         for backend, reason in backends.items()
     )
-    here = dispatch.why_no_triton() or _why_no_gpu()
-    lacks = {"triton": here, "cpu": no_library}
+    lacks = {"triton": no_gpu, "cpu": no_library}
     ops = tuple(
         Kernel(op, device, backend, lacks.get(backend), why)
         for op, device, backend, why in dispatch.table()

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from quant import cli
-from quant_kernels import dispatch
+from quant_kernels import cpu, dispatch
 
 ROOT = Path(__file__).parents[1]
 SCREEN = 24  # lines
@@ -263,6 +263,9 @@ def test_doctor_says_what_runs_and_why_not_the_rest(run: Run, tmp_path: Path) ->
     found = json.loads((tmp_path / "doctor.json").read_text())
     works = {check["name"]: check["ok"] for check in found["schemes"]}
     assert works["w4afp8 on reference"] is True
+    assert works["w4a8 on cpu"] == cpu.available()
+    assert works["w4a8 on triton"] == torch.cuda.is_available()
+    assert not works["w4afp8 on cutlass"] or torch.cuda.is_available()
     assert all(check["detail"] for check in found["libraries"] + found["schemes"])
     assert found["versions"]["torch"] == torch.__version__
     rows = {(row["op"], row["backend"]): row for row in found["ops"]}

@@ -35,7 +35,7 @@ OPS = (
 )
 BACKENDS = ("cpu", "triton", "cutlass", "reference")
 VARIABLE = "FOURBYEIGHT_BACKEND"
-CUTLASS_OPS = ("gemm_w4afp8", "gemm_w4a8")
+CUTLASS_OPS = ("gemm_w4afp8", "gemm_w4a8", "prefill_attention", "decode_attention")
 HOPPER = (9, 0)
 FP8_CAPABILITY = (8, 9)  # the first with FP8 tensor cores
 TRITON_CAPABILITY = (8, 0)

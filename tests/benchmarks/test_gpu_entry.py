@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import checks, gpu, worker
-from benchmarks.gemm import random_weight
+from benchmarks import attention, checks, gpu, worker
+from benchmarks.gemm import contestants, random_weight
 from benchmarks.roofline import (
     Peaks,
     Work,
@@ -79,18 +79,42 @@ def test_work_counts_every_stored_byte_once():
     assert prefill_work(3, 6, 2, 8).operations == 4 * (1 + 2 + 3) * 8 * 6
 
 
-def test_goals_are_counted_per_format():
+def test_goals_are_counted_per_backend_and_format():
+    cases = ((1, "a", 2.0), (16, "a", 4.5), (4096, "a", 1.7), (1, "b", 4.0))
     rows = [
-        {"n": 28672, "k": 4096, "m": m, "format": fmt, "x_bf16": ratio}
-        for m, fmt, ratio in ((1, "a", 2.0), (16, "a", 3.0), (4096, "a", 1.5), (1, "b", 4.0))
+        {"n": 28672, "k": 4096, "m": m, "format": fmt, "backend": "triton", "x_bf16": ratio}
+        | {"names": (), "bandwidth": 0.5}
+        for m, fmt, ratio in cases
     ]
-    small = {"n": 4096, "k": 4096, "m": 1, "format": "a", "x_bf16": 0.1}
-    found = {row["goal"]: row for row in gpu.goals({"gemm": [*rows, small], "attention": []})}
-    decode = found["decode GEMM, M <= 16, at least 30 MB of INT4 codes a"]
+    other = {**rows[0], "backend": "cutlass", "x_bf16": 3.5}
+    small = {**rows[0], "n": 4096, "x_bf16": 0.1}
+    tables = {"gemm": [*rows, other, small], "attention": []}
+    found = {row["goal"]: row for row in gpu.goals(tables)}
+    name = "M <= 16, 30 MB of codes and more: x bf16"
+    decode = found[f"{name} triton a"]
     assert (decode["shapes"], decode["reached"], decode["least"]) == (2, 1, 2.0)
-    assert decode["mean"] == pytest.approx(6**0.5)
-    assert found["prefill GEMM, M >= 2048 a"]["reached"] == 1
-    assert found["prefill attention, against SDPA"]["mean"] is None
+    assert decode["mean"] == pytest.approx(3.0)
+    assert found[f"{name} cutlass a"]["reached"] == 1
+    assert found["M <= 16, 30 MB and more: of the copy bandwidth triton a"]["reached"] == 0
+    assert found["M >= 2048: x bf16 triton a"]["reached"] == 1
+    assert found["M >= 2048: x FP8"]["mean"] is None
+    assert found["prefill attention, 4k to 32k: x SDPA"]["mean"] is None
+
+
+def test_ffn_shapes_are_found_by_their_names():
+    ffn = {"m": gpu.FFN_TOKENS, "names": ("Llama-3-8B gate_up",), "n": 1, "k": 1}
+    goal = next(goal for goal in gpu.GOALS if goal.name.startswith("FFN"))
+    assert goal.covers(ffn)
+    assert not goal.covers({**ffn, "names": ("Llama-3-8B qkv",)})
+    assert not goal.covers({**ffn, "m": 4096})
+
+
+def test_hopper_kernels_that_cannot_run_are_named():
+    assert "cutlass" in gpu.unavailable(CPU)
+    assert attention.backends("decode_attention", CPU) == ["triton"]
+    assert contestants(WeightFormat("w4afp8", 128, "lut"), CPU) == ["triton"]
+    assert gpu.name_of("gemm_w4a8: [1, 2]", "triton") == "gemm_w4a8: [1, 2]"
+    assert gpu.name_of("gemm_w4a8: [1, 2]", "cutlass") == "gemm_w4a8 (cutlass): [1, 2]"
 
 
 @pytest.mark.parametrize("fmt", every_format(), ids=lambda fmt: fmt.label)

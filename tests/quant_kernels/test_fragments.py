@@ -33,7 +33,7 @@ UNITS = {"int8-channel": 16.0, "fp8-channel": 2.0**-9, "exact": 2.0**-9}
 
 
 def convert(simulator, kind: str, words: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """The kernels' own conversion: words [n] -> operand bytes [n, 8] (low, then high), as values."""
+    """The kernels' own conversion: words [n] -> operands [n, 8] (low, then high), as values."""
     words = words.to(torch.int32).contiguous()
     low, high = torch.empty_like(words), torch.empty_like(words)
     simulator.quant_simulate_convert(

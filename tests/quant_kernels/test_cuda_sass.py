@@ -1,0 +1,131 @@
+"""libquant_cuda.so as compiled: MMAs as meant, nothing spilled, conversions in budget."""
+
+from __future__ import annotations
+
+import collections
+import re
+import subprocess
+import sys
+
+import pytest
+
+from quant_kernels import native
+from quant_kernels.cuda_tuning import INSTRUCTIONS, KINDS
+from tests.quant_kernels.sass import Kernel, integers, kernels
+
+# Weights of a thread in an MMA of 64 rows and K = 32.
+WEIGHTS = 64 * 32 / 128
+# The three instructions for eight weights that HighNibble and Raw take (csrc/cuda/convert.cuh).
+SIMPLEST = 3 / 8
+# Integer instructions a weight, with what it takes to fetch a group's scale or table; without that
+# exact has the three of Raw.
+BUDGETS = {
+    "int8-channel": 0.4, "int8": 1.0, "fp8-channel": 0.4, "fp8-channel-8": 1.5,
+    "lut": 1.0, "lut-8": 1.5, "exact": 0.46, "exact-8": 1.5,
+}  # fmt: skip
+
+Found = dict[tuple[str, int, int, int], Kernel]  # kind, group, tokens, cluster
+
+
+@pytest.fixture(scope="module")
+def gemms() -> Found:
+    library = native.find("quant_cuda")
+    if library is None:
+        pytest.skip("libquant_cuda.so is not built here")
+    found: Found = {}
+    for name, kernel in kernels(library).items():
+        config = re.search(r"gemm_kernel.*KindE(\d+)ELi(\d+)ELi(\d+)ELi(\d+)", name)
+        if config is not None:
+            kind, *numbers = map(int, config.groups())
+            found[KINDS[kind], numbers[0], numbers[1], numbers[2]] = kernel
+    assert found
+    return found
+
+
+def test_there_is_a_kernel_for_everything_that_the_plan_takes(gemms):
+    wanted = set()
+    for kind in KINDS:
+        groups = (128,) if "channel" in kind else (32, 64, 128)
+        for group in groups:
+            for tokens in (16, 32, 64, 128) if "exact" in kind else (16, 32, 64, 128, 256):
+                wanted.add((kind, group, tokens, 1))
+                widest = tokens == (128 if "exact" in kind else 256)
+                if widest or (group == 128 and tokens >= 64):
+                    wanted.add((kind, group, tokens, 2))
+    assert set(gemms) == wanted
+
+
+def test_nothing_is_spilled(gemms):
+    for key, kernel in gemms.items():
+        counts = kernel.counts()
+        assert kernel.stack == 0, key
+        assert counts["LDL"] == counts["STL"] == 0, key
+
+
+def test_weights_come_from_registers_and_sums_have_their_type(gemms):
+    for (kind, group, tokens, cluster), kernel in gemms.items():
+        mmas = [text for _, text in kernel.instructions if "GMMA" in text]
+        wanted = "IGMMA" if kind.startswith("int8") else "QGMMA"
+        assert len(mmas) >= 8
+        for text in mmas:  # D, A in registers, B a descriptor
+            shape = rf"{wanted}\.64x{tokens}x32\.\S+ R\d+, R\d+, gdesc\["
+            assert re.search(shape, text), (kind, group, cluster, text)
+
+
+def test_weights_and_activations_arrive_in_bulk(gemms):
+    for key, kernel in gemms.items():
+        counts = kernel.counts()
+        assert counts["UBLKCP"] >= 2, key
+        assert counts["UTMALDG"] >= 1, key
+        assert counts["LDG"] == 0 or key[3] >= 1  # the epilogue's own, none in the main loop
+        loop = kernel.loop()
+        assert loop["LDG"] == loop["STG"] == loop["STS"] == 0, key
+        multicast = any("UTMALDG" in t and "MULTICAST" in t for _, t in kernel.instructions)
+        assert multicast == (key[3] == 2), key
+
+
+def test_a_block_of_weights_is_read_once_and_sixteen_bytes_at_a_time(gemms):
+    for (kind, _, tokens, _), kernel in gemms.items():
+        loop = kernel.loop()
+        mmas = loop["QGMMA"] + loop["IGMMA"]
+        wide = [t for _, t in kernel.instructions if "LDS.128" in t]
+        assert wide, (kind, tokens)
+        scales = 0 if "channel" in kind else 12 * mmas / 4
+        assert loop["LDS"] <= mmas / 2 * 3 + scales, (kind, tokens)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_conversion_is_in_budget(gemms, kind):
+    """What a kind's main loop has more than the simplest kind's, whose conversion is known."""
+    for tokens in (16, 32, 64, 128):
+        simplest = "int8-channel" if kind.startswith("int8") else "fp8-channel"
+        plain = gemms[simplest, 128, tokens, 1].loop()
+        loop = gemms[kind, 128, tokens, 1].loop()
+        overhead = integers(plain) / weights(plain) - SIMPLEST
+        whole = integers(loop) / weights(loop)
+        print(f"{kind} {tokens}: {whole:.2f} a weight, {whole - overhead:.2f} of them conversion")
+        assert 0 < overhead < 0.5
+        assert whole - overhead <= BUDGETS[kind]
+        assert whole <= INSTRUCTIONS[kind] * 1.15
+        if kind == "exact":
+            assert loop["LOP3"] == plain["LOP3"]
+
+
+def weights(loop: collections.Counter[str]) -> float:
+    """Weights that a thread converts in a loop."""
+    return (loop["QGMMA"] + loop["IGMMA"]) * WEIGHTS
+
+
+def test_the_library_answers_where_there_is_no_driver():
+    if native.find("quant_cuda") is None:
+        pytest.skip("libquant_cuda.so is not built here")
+    code = (
+        "import ctypes; from quant_kernels import cuda; from quant_kernels.cuda_gemm import Gemm, "
+        "_library; library = _library(); call = Gemm(); "
+        "print(library.quant_cuda_gemm_check(ctypes.byref(call)), "
+        "library.quant_cuda_gemm(ctypes.byref(call), 0, None), cuda.error_string(-9))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("-7 -7 the kernels are for Hopper")
+    assert done.stderr == ""
