@@ -75,7 +75,7 @@ def test_a_misspelt_variable_is_named(text, monkeypatch):
 
 
 def test_an_unknown_backend_is_named():
-    with pytest.raises(ValueError, match="'cublas' is unknown; known: cpu, triton, cutlass, reference"):
+    with pytest.raises(ValueError, match="'cublas' is unknown; known: cpu, triton, cutlass, ref"):
         dispatch.choose("gemm_w4a8", CPU, "cublas")
 
 
