@@ -5,6 +5,7 @@
 // single token, too, has four sums under way. Every sum takes its pairs of columns in order.
 #define QUANT_BF16
 #include "fp8_avx512.cpp"
+#include "transpose.h"
 
 namespace quant {
 namespace {
@@ -70,28 +71,10 @@ void amx_tile(const Operand* operands, int64_t columns, const Operand* x, int to
   _tile_stored(3, sums + 48 * kTogether, 64);
 }
 
-// [16, 16] of a [64, 16] -> [16, 64]'s rows, as many as there are: pairs of rows change quarters,
-// eighths, ... of their numbers.
-void transpose(const float* from, int rows, float* to) {
-  __m512 row[16], other[16];
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) row[i] = _mm512_loadu_ps(from + i * kTogether);
-#pragma GCC unroll 4
-  for (int step = 1; step < 16; step *= 2) {
-    const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    const __m512i bit = _mm512_set1_epi32(step);
-    const __mmask16 upper = _mm512_test_epi32_mask(lane, bit);
-    const __m512i swapped = _mm512_xor_si512(lane, bit), sixteen = _mm512_set1_epi32(16);
-    const __m512i first = _mm512_mask_add_epi32(lane, upper, swapped, sixteen);
-    const __m512i second = _mm512_mask_add_epi32(swapped, upper, lane, sixteen);
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) {
-      other[i] = (i & step) == 0 ? _mm512_permutex2var_ps(row[i], first, row[i + step])
-                                 : _mm512_permutex2var_ps(row[i - step], second, row[i]);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) row[i] = other[i];
-  }
+// [16, 16] of a [64, 16] -> [16, 64]'s rows, as many as there are.
+void turn(const float* from, int rows, float* to) {
+  __m512 row[16];
+  transpose(from, kTogether, row);
   for (int i = 0; i < rows; ++i) _mm512_storeu_ps(to + i * kBlock, row[i]);
 }
 
@@ -117,8 +100,8 @@ void amx_multiply(const Gemm& g, int64_t block, int64_t first, int tokens, const
   for (int m = 0; m < tokens; m += kTogether) {
     const int together = tokens - m < kTogether ? tokens - m : kTogether;
     for (int row = 0; row < kBlock; row += 16) {
-      transpose(tiles + m / kTogether * kTileSums + row * kTogether, together,
-                static_cast<float*>(to) + m * kBlock + row);
+      turn(tiles + m / kTogether * kTileSums + row * kTogether, together,
+           static_cast<float*>(to) + m * kBlock + row);
     }
   }
 }

@@ -7,8 +7,8 @@
 
 #include <algorithm>
 #include <cstring>
-#include <new>
 
+#include "arena.h"
 #include "parallel.h"
 
 namespace quant {
@@ -20,24 +20,6 @@ constexpr int64_t kPrepareAlone = 1 << 15;
 
 int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 int64_t ceil_div(int64_t value, int64_t by) { return (value + by - 1) / by; }
-
-// Memory of the calling thread that grows and is kept, so that decode allocates nothing.
-struct Arena {
-  uint8_t* memory = nullptr;
-  int64_t size = 0;
-
-  ~Arena() { free(); }
-  void free() { ::operator delete(memory, std::align_val_t(64)); }
-  uint8_t* reserve(int64_t bytes) {
-    if (bytes > size) {
-      free();
-      const auto rounded = static_cast<size_t>(round_up(bytes, 4096));
-      memory = static_cast<uint8_t*>(::operator new(rounded, std::align_val_t(64), std::nothrow));
-      size = memory == nullptr ? 0 : static_cast<int64_t>(rounded);
-    }
-    return memory;
-  }
-};
 
 struct Work {
   const Gemm& g;
