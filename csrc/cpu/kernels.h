@@ -13,6 +13,19 @@ constexpr int MAX_HEAD_DIM = 256;
 constexpr int SPAN_PAGES = 16;  // pages that are summed before their sum joins the others
 constexpr int TILE_ROWS = 60;   // (token, query head) rows of a KV head that share its pages
 
+constexpr int LINEAR_ROWS = 64;    // of a dense weight, that an item of work has
+constexpr int LINEAR_TOKENS = 16;  // that are prepared together
+
+// Columns of a prepared token, and bytes of LINEAR_TOKENS of them, which are FP32 or BF16. A
+// thread's scratch is twice as long.
+constexpr int64_t linear_columns(int64_t k) { return k > 0 ? (k + 31) / 32 * 32 : 32; }
+constexpr int64_t linear_bytes(int64_t k) { return 4 * LINEAR_TOKENS * linear_columns(k); }
+
+// LINEAR_ROWS rows of a dense weight, or what is left of them, and some tokens.
+struct LinearPart {
+  int64_t row, token, tokens;
+};
+
 struct Norm {
   const void* weight;
   int64_t weight_type;
@@ -42,6 +55,11 @@ struct OpKernels {
   void (*attend_span)(const QuantCpuAttention& call, const Tile& tile, int64_t span, float* state);
   void (*combine)(const QuantCpuAttention& call, const Tile& tile, float* states, int64_t spans,
                   int64_t stride);
+  // LINEAR_TOKENS tokens, or what is left of them, from `first` on; then a part of their product
+  // with the weight. All memory is aligned to 64 bytes.
+  void (*linear_prepare)(const QuantCpuLinear& call, int64_t first, uint8_t* prepared);
+  void (*linear)(const QuantCpuLinear& call, const LinearPart& part, const uint8_t* prepared,
+                 uint8_t* scratch);
 };
 
 // Those of the instruction set in use (quant_cpu_isa); null where $QUANT_CPU_ISA names what the
@@ -59,6 +77,9 @@ int64_t state_floats(int64_t rows, int64_t head_dim);
 void attend_span(const QuantCpuAttention& call, const Tile& tile, int64_t span, float* state);
 void combine(const QuantCpuAttention& call, const Tile& tile, float* states, int64_t spans,
              int64_t stride);
+void linear_prepare(const QuantCpuLinear& call, int64_t first, uint8_t* prepared);
+void linear(const QuantCpuLinear& call, const LinearPart& part, const uint8_t* prepared,
+            uint8_t* scratch);
 extern const OpKernels table;
 }  // namespace QUANT_ISA
 #endif

@@ -10,7 +10,7 @@
 #define QUANT_CPU_API __attribute__((visibility("default")))
 
 // Goes up with every change that an already built caller would notice.
-#define QUANT_CPU_ABI_VERSION 3
+#define QUANT_CPU_ABI_VERSION 4
 
 #ifdef __cplusplus
 extern "C" {
@@ -197,6 +197,25 @@ typedef struct QuantCpuAttention {
 } QuantCpuAttention;
 
 QUANT_CPU_API int quant_cpu_attention(const QuantCpuAttention* call);
+
+// out [m, n] = x [m, k] weight [n, k]^T, all of one type: sums in FP32, in an order that depends
+// neither on m nor on n nor on `threads`, rounded once. Subnormal BF16 numbers may count as zeros.
+// Memory for intermediate results belongs to the calling thread, which keeps it.
+typedef struct QuantCpuLinear {
+  const void* x;
+  int64_t x_row;
+  const void* weight;
+  int64_t weight_row;
+  void* out;
+  int64_t out_row;
+  int64_t type;  // QuantCpuType
+  int64_t m;
+  int64_t n;
+  int64_t k;
+  int64_t threads;
+} QuantCpuLinear;
+
+QUANT_CPU_API int quant_cpu_linear(const QuantCpuLinear* call);
 
 #ifdef __cplusplus
 }

@@ -13,6 +13,7 @@ from quant_kernels.cpu_activation import (
 )
 from quant_kernels.cpu_attention import decode_attention, prefill_attention, rope_append
 from quant_kernels.cpu_gemm import gemm
+from quant_kernels.cpu_linear import linear
 from quant_kernels.packing import BlockedWeight
 
 NAME = "cpu"
@@ -23,6 +24,7 @@ __all__ = [
     "WEIGHT",
     "decode_attention",
     "gemm",
+    "linear",
     "prefill_attention",
     "quantize_activation",
     "rms_norm_quantize",

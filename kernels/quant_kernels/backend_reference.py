@@ -48,6 +48,10 @@ def gemm(
     out.copy_(reference.silu_mul(y) if silu_mul else y)
 
 
+def linear(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    reference.linear(x, weight, out)
+
+
 def rope_append(
     qkv: Tensor,
     positions: Tensor,

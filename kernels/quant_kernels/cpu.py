@@ -13,7 +13,7 @@ from torch import Tensor
 
 from quant_kernels import native
 
-ABI = 3
+ABI = 4
 CODES_PER_WORD = 8
 HUGE_PAGE = 2**21
 

@@ -2,8 +2,8 @@
 
 The first rule that fits (op, device, capability) names the backend; a rule for `cpu` fits where
 libquant_cpu.so is built, and `quantize doctor` prints whether it is. It is overridden, in this
-order, by the op's argument `backend` and by $FOURBYEIGHT_BACKEND: one backend for all ops, or
-`op=backend` pairs:
+order, by the op's argument `backend` and by $FOURBYEIGHT_BACKEND: one backend for all ops (`linear`
+only where it has one), or `op=backend` pairs:
 
     FOURBYEIGHT_BACKEND=reference
     FOURBYEIGHT_BACKEND=gemm_w4a8=cutlass,gemm_w4afp8=cutlass
@@ -29,6 +29,7 @@ OPS = (
     "silu_mul_quantize",
     "gemm_w4afp8",
     "gemm_w4a8",
+    "linear",
     "rope_append",
     "prefill_attention",
     "decode_attention",
@@ -36,6 +37,8 @@ OPS = (
 BACKENDS = ("cpu", "triton", "cutlass", "reference")
 VARIABLE = "FOURBYEIGHT_BACKEND"
 CUTLASS_OPS = ("gemm_w4afp8", "gemm_w4a8", "prefill_attention", "decode_attention")
+# On a GPU a product in 16 bits is cuBLAS's, and nothing of ours stands beside it.
+NO_LINEAR = ("triton", "cutlass")
 HOPPER = (9, 0)
 FP8_CAPABILITY = (8, 9)  # the first with FP8 tensor cores
 TRITON_CAPABILITY = (8, 0)
@@ -66,6 +69,7 @@ RULES = (
     Rule(_FP8_MMA, "cuda", FP8_CAPABILITY, "triton", "FP8 tensor cores"),
     Rule(_FP8_MMA, "cuda", TRITON_CAPABILITY, "triton", "FP16 tensor cores: FP8 codes are exact"),
     Rule(_FP16_MMA, "cuda", TRITON_CAPABILITY, "triton", "FP16 tensor cores: codes are exact"),
+    Rule(("linear",), "cuda", TRITON_CAPABILITY, "reference", "cuBLAS through torch"),
     Rule(OPS, "cpu", None, "cpu", "C++ for the machine's vector instructions"),
     Rule(OPS, "cpu", None, "reference", "plain torch, where libquant_cpu.so is not built"),
 )
@@ -141,6 +145,8 @@ def why_no_triton(device: str = "cuda", found: tuple[int, int] = FP8_CAPABILITY)
 
 
 def _why_not(op: str, backend: str, device: torch.device) -> str | None:
+    if op == "linear" and backend in NO_LINEAR:
+        return "it has none; on a GPU it is torch's, backend 'reference'"
     if backend == "cutlass":
         return _why_no_cutlass(op, device)
     if backend == "cpu":
@@ -178,5 +184,6 @@ def _overrides(text: str) -> dict[str, str]:
                 f"${VARIABLE}={text!r}: {part!r} is neither a backend ({', '.join(BACKENDS)}) nor "
                 f"op=backend with one of {', '.join(OPS)}"
             )
-        found.update({op: backend} if given else dict.fromkeys(OPS, backend))
+        all_ops = (op for op in OPS if op != "linear" or backend not in NO_LINEAR)
+        found.update({op: backend} if given else dict.fromkeys(all_ops, backend))
     return found

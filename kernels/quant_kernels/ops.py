@@ -27,6 +27,7 @@ __all__ = [
     "Weight",
     "decode_attention",
     "gemm",
+    "linear",
     "prefill_attention",
     "prepare",
     "quantize_activation",
@@ -92,6 +93,15 @@ def gemm(
         f"gemm_{fmt.scheme}", x_codes, x_scale, *parts, fmt.group_size, fmt.numerics, out,
         bias, residual, silu_mul, workspace, backend,
     )  # fmt: skip
+
+
+def linear(x: Tensor, weight: Tensor, out: Tensor, *, backend: str = "") -> None:
+    """Y = X W^T with a weight in 16 or 32 bits: x [M, H], weight [N, H], out [M, N], of one dtype.
+
+    A sum is FP32 and rounded once (`reference.linear`). Rows of each may lie apart. Backend `cpu`:
+    with up to `cpu_linear.MOST_TOKENS` tokens, bits that depend neither on M nor on the threads.
+    """
+    call("linear", x, weight, out, backend)
 
 
 def rope_append(

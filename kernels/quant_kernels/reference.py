@@ -153,6 +153,14 @@ def gemm(
     return op(x_codes, x_scale, weight, bias, out_dtype, residual)
 
 
+def linear(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    """x [M, H] weight [N, H]^T -> [M, N], all of one dtype: a sum in FP32, rounded once.
+
+    Torch's own product, whose order of summation, and so the last bit, may depend on M.
+    """
+    return torch.mm(x, weight.T, out=out)
+
+
 def int8_matmul(x: Tensor, w: Tensor) -> Tensor:
     """x [M, K] int8, w [N, K] with integer values in [-128, 127] -> exact x w^T [M, N], FP32.
 

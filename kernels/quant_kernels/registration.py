@@ -107,6 +107,19 @@ def _gemm(scheme: str) -> Callable[..., None]:
     return run
 
 
+def _linear(x: Tensor, weight: Tensor, out: Tensor, backend: str) -> None:
+    op = "linear"
+    if x.dim() != 2 or weight.dim() != 2:
+        raise OpError(
+            f"{op}: x must be [M, H] and weight [N, H], got {list(x.shape)} and "
+            f"{list(weight.shape)}"
+        )
+    expect(op, "x", x, tuple(x.shape), FLOATS)
+    expect(op, "weight", weight, (weight.shape[0], x.shape[1]), (x.dtype,))
+    expect(op, "out", out, (x.shape[0], weight.shape[0]), (x.dtype,))
+    backend_for(op, x.device, backend).linear(x, weight, out)
+
+
 def _rope_append(
     qkv: Tensor,
     positions: Tensor,
@@ -296,6 +309,10 @@ _SCHEMAS: dict[str, tuple[str, Callable[..., None]]] = {
     ),
     "gemm_w4afp8": (_GEMM, _gemm("w4afp8")),
     "gemm_w4a8": (_GEMM, _gemm("w4a8")),
+    "linear": (
+        "(Tensor x, Tensor weight, Tensor(a!) out, str backend) -> ()",
+        _linear,
+    ),
     "rope_append": (
         "(Tensor qkv, Tensor positions, Tensor cos, Tensor sin, Tensor slots, Tensor(a!) q_codes, "
         "Tensor(b!) q_scale, Tensor(c!) kv_codes, Tensor(d!) kv_scales, Tensor? q_norm, "

@@ -251,7 +251,8 @@ def test_every_op_is_checked_and_timed_in_the_interpreter(tmp_path):
     found = json.loads(path.read_text())
     checked, measured = found["checks"], found["measured"]
     assert checked["skipped"] == measured["skipped"] == []
-    assert {key.partition(":")[0] for key in checked["records"]} == set(dispatch.OPS)
+    of_ours = set(dispatch.OPS) - {"linear"}  # on a GPU that is torch's
+    assert {key.partition(":")[0] for key in checked["records"]} == of_ours
     assert measured["failed"] == {}
     assert len(measured["gemm"]) == 2 * 2  # formats, and a block's distinct linears
     assert {row["op"] for row in measured["attention"]} == {"prefill", "decode"}

@@ -32,7 +32,9 @@ def test_every_op_has_a_backend_on_every_supported_device(gpu):
         assert dispatch.by_table(op, CPU) == ("cpu" if cpu.available() else "reference")
     for capability in [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]:
         gpu(*capability)
-        assert {dispatch.by_table(op, GPU) for op in dispatch.OPS} == {"triton"}
+        found = {op: dispatch.by_table(op, GPU) for op in dispatch.OPS}
+        assert found.pop("linear") == "reference"
+        assert set(found.values()) == {"triton"}
 
 
 def test_an_old_gpu_is_refused_by_name(gpu):
@@ -99,6 +101,21 @@ def test_without_the_library_the_table_names_the_reference_and_the_backend_is_re
             ask()
     rows = {(op, device, backend): why for op, device, backend, why in dispatch.table()}
     assert "not built" in rows["gemm_w4a8", "cpu", "reference"]
+
+
+def test_a_dense_product_is_torchs_on_a_gpu_and_the_table_says_so(gpu, monkeypatch):
+    gpu(9, 0)
+    rows = {(op, device, backend): why for op, device, backend, why in dispatch.table()}
+    assert "cuBLAS" in rows["linear", "sm_80 and newer", "reference"]
+    for backend in ("triton", "cutlass"):
+        with pytest.raises(BackendUnavailable, match=r"linear on cuda:0.*'reference'"):
+            dispatch.choose("linear", GPU, backend)
+    monkeypatch.setenv(dispatch.VARIABLE, "triton")
+    assert dispatch.choose("gemm_w4a8", GPU) == "triton"
+    assert dispatch.choose("linear", GPU) == "reference"
+    monkeypatch.setenv(dispatch.VARIABLE, "linear=triton")
+    with pytest.raises(BackendUnavailable, match="'triton' cannot run: it has none"):
+        dispatch.choose("linear", GPU)
 
 
 def test_the_cpu_backend_says_what_it_has(gpu):

@@ -107,6 +107,13 @@ def test_gemm_is_its_definition(fmt, silu_mul):
         assert torch.equal(out, (y + residual.float()).bfloat16())
 
 
+def test_a_dense_product_is_its_definition():
+    x, weight = tokens(3, 48), tokens(20, 48, seed=2)
+    out = torch.full((3, 20), torch.nan, dtype=torch.bfloat16)
+    ops.linear(x, weight, out)
+    assert torch.equal(out, torch.nn.functional.linear(x, weight))
+
+
 def test_rope_append_writes_its_slots_and_nothing_else():
     arguments = rope_arguments()
     kv_codes, kv_scales = arguments["kv_codes"], arguments["kv_scales"]
@@ -255,6 +262,7 @@ def every_call() -> dict[str, tuple]:
             xi, si, integer.words, integer.scales, empty, 64, "int8", out, None, None, False, None,
             "",
         ),
+        "linear": (tokens(3, 128), tokens(16, 128), torch.zeros(3, 16).bfloat16(), ""),
         "rope_append": (*rope_arguments().values(), None, None, 1e-6, None, None, False, ""),
         "prefill_attention": (
             *shared, torch.tensor([0, 1, 2], dtype=torch.int32), lengths, 1, torch.zeros(2, HQ, D),
