@@ -201,7 +201,10 @@ class Model:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """The last block's output [R, H] -> logits [R, V], in the model's dtype."""
-        return F.linear(rms_norm(hidden, self.norm, self.config.rms_norm_eps), self.lm_head)
+        x = rms_norm(hidden, self.norm, self.config.rms_norm_eps)
+        out = x.new_empty(len(x), len(self.lm_head))
+        ops.linear(x, self.lm_head, out)
+        return out
 
     def next_logits(self, batch: Batch, cache: Cache) -> Tensor:
         """Of the tokens whose logits the batch wants, [R, V]."""
