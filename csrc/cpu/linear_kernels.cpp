@@ -14,7 +14,7 @@ namespace {
 
 constexpr int BLOCK = 16;  // rows that stay in the L1 cache, as FP32, while tokens pass
 constexpr int ROWS = 4;    // of a register tile, and its tokens
-constexpr int TOKENS = LANES == 16 ? 6 : 2;
+constexpr int TOKENS = LANES == 16 ? 6 : 3;
 static_assert(LINEAR_ROWS % BLOCK == 0 && BLOCK % LANES == 0, "whole blocks and vectors");
 
 // y[t, r] = w[r] . x[t] over k columns, whole vectors; a row of y is BLOCK floats.
