@@ -13,31 +13,49 @@ struct Kernel {
   int shared_bytes = 0, blocks = 0;  // blocks: on a multiprocessor
 };
 
-template <int kDim>
+template <int kDim, int kOptions>
 Kernel prefill_of() {
-  using C = PrefillConfig<kDim>;
+  using C = PrefillConfig<kDim, kOptions>;
   return {reinterpret_cast<const void*>(prefill_kernel<C>), C::kSharedBytes, 1};
 }
+template <int kOptions>
 Kernel prefill_of(int head_dim) {
-  return head_dim == 64    ? prefill_of<64>()
-         : head_dim == 128 ? prefill_of<128>()
-                           : prefill_of<256>();
+  return head_dim == 64    ? prefill_of<64, kOptions>()
+         : head_dim == 128 ? prefill_of<128, kOptions>()
+                           : prefill_of<256, kOptions>();
+}
+Kernel prefill_of(const QuantCudaPrefill& prefill) {
+  const int head_dim = prefill.attention.head_dim;
+  switch (options(prefill)) {
+    case kPlain:
+      return prefill_of<kPlain>(head_dim);
+    case kSoftCap:
+      return prefill_of<kSoftCap>(head_dim);
+    case kSkips:
+      return prefill_of<kSkips>(head_dim);
+    default:
+      return prefill_of<kSoftCap | kSkips>(head_dim);
+  }
 }
 
-template <int kDim, int kHeadBlocks>
+template <int kDim, int kHeadBlocks, int kOptions>
 Kernel decode_of() {
-  using C = DecodeConfig<kDim, kHeadBlocks>;
+  using C = DecodeConfig<kDim, kHeadBlocks, kOptions>;
   return {reinterpret_cast<const void*>(decode_kernel<C>), C::kSharedBytes, C::kBlocksPerSm};
 }
-template <int kDim>
+template <int kDim, int kOptions>
 Kernel decode_of(int ratio) {
-  return ratio <= 8 ? decode_of<kDim, 1>() : decode_of<kDim, 2>();
+  return ratio <= 8 ? decode_of<kDim, 1, kOptions>() : decode_of<kDim, 2, kOptions>();
 }
+template <int kOptions>
 Kernel decode_of(const QuantCudaAttention& a) {
   const int ratio = a.heads / a.kv_heads;
-  return a.head_dim == 64    ? decode_of<64>(ratio)
-         : a.head_dim == 128 ? decode_of<128>(ratio)
-                             : decode_of<256>(ratio);
+  return a.head_dim == 64    ? decode_of<64, kOptions>(ratio)
+         : a.head_dim == 128 ? decode_of<128, kOptions>(ratio)
+                             : decode_of<256, kOptions>(ratio);
+}
+Kernel decode_of(const QuantCudaDecode& d) {
+  return options(d) == kSoftCap ? decode_of<kSoftCap>(d.attention) : decode_of<kPlain>(d.attention);
 }
 
 int start(const Kernel& kernel, int blocks, int threads, void* params, int device, void* stream) {
@@ -55,8 +73,7 @@ int start(const QuantCudaPrefill& prefill, int device, void* stream) {
   const OnDevice on(device);
   if (on.status()) return on.status();
   PrefillParams p = plan(prefill);
-  return start(prefill_of(prefill.attention.head_dim), prefill_blocks(p), kPrefillThreads, &p,
-               device, stream);
+  return start(prefill_of(prefill), prefill_blocks(p), kPrefillThreads, &p, device, stream);
 }
 
 int start(const QuantCudaDecode& decode, int device, void* stream) {
@@ -68,7 +85,7 @@ int start(const QuantCudaDecode& decode, int device, void* stream) {
   uint32_t* flags = flags_of(decode.workspace, device, &status);
   if (status) return status;
   DecodeParams p = plan(decode, flags);
-  return start(decode_of(decode.attention), p.workers, kDecodeThreads, &p, device, stream);
+  return start(decode_of(decode), p.workers, kDecodeThreads, &p, device, stream);
 }
 
 }  // namespace

@@ -67,6 +67,11 @@ QUANT_DEVICE float power_of_two_above(float x) {
   return float_of((bits_of(bounded) + 0x7FFFFF) & 0x7F800000);
 }
 QUANT_DEVICE float reciprocal_of_power_of_two(float z) { return float_of(0x7F000000 - bits_of(z)); }
+// cap tanh(x / (2 log2(e))), from an x that has 2 log2(e) / cap in it. Within 2^-21 of
+// cap; with the hardware's tanh, whose error is 2^-11, a score of 50 would move by 2^-5.
+QUANT_DEVICE float capped(float x, float cap) {
+  return cap - 2 * cap * reciprocal(1 + exponential2(x));
+}
 // The sum of four E4M3 codes.
 QUANT_DEVICE float sum_of_e4m3(uint32_t codes) {
   const uint32_t low = halves_of_e4m3(codes), high = halves_of_e4m3(codes >> 16);

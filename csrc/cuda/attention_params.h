@@ -12,6 +12,9 @@ constexpr int kTileQueries = 128;      // rows of a prefill block: tokens x head
 constexpr int kMostSequences = 1024;   // of a decode step
 constexpr int kMostHeadsOfGroup = 16;  // query heads of a KV head, in decode
 
+// What an instance of a kernel does on top: bits of its config's kOptions.
+constexpr int kPlain = 0, kSoftCap = 1, kSkips = 2;
+
 // The paged cache of quant_kernels/packing.py, and the queries over it.
 struct AttentionParams {
   const uint8_t* q;           // [tokens, heads, D] E4M3
@@ -23,10 +26,11 @@ struct AttentionParams {
   void* out;                  // [tokens, heads, D]
   int64_t q_token, q_head, q_scale_token, table_row, out_token, out_head;  // strides, elements
   int64_t value_rows;  // rows of a token and KV head, from a key to its value
-  float scale;         // of scores, with log2(e)
+  float scale;         // of scores, with log2(e); of kSoftCap: 2 log2(e) / cap more than sm_scale
   int window;          // 0: none
   int batch, kv_heads, ratio;
   Type out_type;
+  float cap;  // of scores, with log2(e); for kSoftCap
 };
 
 struct PrefillParams {
@@ -34,6 +38,7 @@ struct PrefillParams {
   const int* cu_seqlens;  // [batch + 1]
   int tile_tokens;        // kTileQueries / ratio
   int tiles;              // of the longest chunk
+  float negligible;       // how far below M scores are left out; for kSkips
 };
 
 struct DecodeParams {

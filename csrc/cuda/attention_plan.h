@@ -15,12 +15,15 @@ constexpr bool has_attention(int head_dim) {
   return head_dim == 64 || head_dim == 128 || head_dim == 256;
 }
 
+// Finite, and 0 or more.
+constexpr bool is_option(float x) { return x >= 0 && x < 1e30f; }
+
 inline int check(const QuantCudaAttention& a) {
   if (!has_attention(a.head_dim)) return QUANT_CUDA_NO_KERNEL;
   constexpr int kMost = 1 << 20;
   const bool positive = a.batch > 0 && a.heads > 0 && a.kv_heads > 0 && a.pages >= 0;
   if (!positive || a.batch > kMost || a.heads > kMost || a.heads % a.kv_heads != 0 ||
-      a.window < 0 || !(a.sm_scale > 0) || a.out_type < QUANT_CUDA_FP32 ||
+      a.window < 0 || !(a.sm_scale > 0) || !is_option(a.soft_cap) || a.out_type < QUANT_CUDA_FP32 ||
       a.out_type > QUANT_CUDA_FP16) {
     return QUANT_CUDA_BAD_SHAPE;
   }
@@ -37,7 +40,7 @@ inline int check(const QuantCudaPrefill& prefill) {
   const QuantCudaAttention& a = prefill.attention;
   if (const int status = check(a)) return status;
   if (a.heads / a.kv_heads > kTileQueries) return QUANT_CUDA_NO_KERNEL;
-  if (prefill.max_query_len < 1) return QUANT_CUDA_BAD_SHAPE;
+  if (prefill.max_query_len < 1 || !is_option(prefill.skip_threshold)) return QUANT_CUDA_BAD_SHAPE;
   if (!prefill.cu_seqlens) return QUANT_CUDA_NULL_POINTER;
   const int64_t tokens = kTileQueries / (a.heads / a.kv_heads);
   const int64_t tiles = (prefill.max_query_len + tokens - 1) / tokens;
@@ -60,6 +63,15 @@ inline int check(const QuantCudaDecode& d) {
   return d.workspace_bytes < decode_workspace(d) ? QUANT_CUDA_SMALL_WORKSPACE : QUANT_CUDA_OK;
 }
 
+// Of the kernel for these arguments.
+inline int options(const QuantCudaPrefill& prefill) {
+  return (prefill.attention.soft_cap > 0 ? kSoftCap : kPlain) |
+         (prefill.skip_threshold > 0 ? kSkips : kPlain);
+}
+inline int options(const QuantCudaDecode& d) {
+  return d.attention.soft_cap > 0 ? kSoftCap : kPlain;
+}
+
 // After `check`.
 inline AttentionParams plan(const QuantCudaAttention& a) {
   AttentionParams p{};
@@ -78,6 +90,8 @@ inline AttentionParams plan(const QuantCudaAttention& a) {
   p.out_head = a.out_head;
   p.value_rows = a.pages * a.kv_heads * kPage;
   p.scale = a.sm_scale * kLog2E;
+  p.cap = a.soft_cap * kLog2E;
+  if (a.soft_cap > 0) p.scale *= 2 / a.soft_cap;  // tanh(x) is of 2^(2 log2(e) x)
   p.window = a.window;
   p.batch = a.batch;
   p.kv_heads = a.kv_heads;
@@ -91,6 +105,7 @@ inline PrefillParams plan(const QuantCudaPrefill& prefill) {
   p.cu_seqlens = prefill.cu_seqlens;
   p.tile_tokens = kTileQueries / p.shared.ratio;
   p.tiles = ceil_div(prefill.max_query_len, p.tile_tokens);
+  p.negligible = prefill.skip_threshold + 1;  // M is less than 1 above the largest score
   return p;
 }
 inline int prefill_blocks(const PrefillParams& p) {

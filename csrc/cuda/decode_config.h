@@ -11,9 +11,10 @@ constexpr int kWarpTokens = kPage / kDecodeWarps;
 constexpr int kAllShared = 227 * 1024;
 
 // Of kHeadBlocks times 8 query heads of a KV head.
-template <int kDim_, int kHeadBlocks_>
+template <int kDim_, int kHeadBlocks_, int kOptions = kPlain>
 struct DecodeConfig {
   static constexpr int kDim = kDim_, kHalf = kDim / 2;
+  static constexpr bool kCaps = (kOptions & kSoftCap) != 0;
   static constexpr int kHeadBlocks = kHeadBlocks_, kHeads = 8 * kHeadBlocks;
   static constexpr int kBlocks = kDim / 16;             // MMAs over D
   static constexpr int kVector = kDim >= 128 ? 16 : 8;  // bytes of a row that a load takes

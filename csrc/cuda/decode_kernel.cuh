@@ -245,6 +245,7 @@ struct DecodeConsumer {
         QUANT_UNROLL for (int h = 0; h < 2; ++h) {
           float& x = score[block][2 * i + h];
           x = x * k_scale + row_sums()[8 * block + 2 * q + h] * k_offset;
+          if constexpr (C::kCaps) x = capped(x * row_units()[8 * block + 2 * q + h], p.cap);
           if (!seen) x = -infinity();
         }
       }
@@ -260,7 +261,7 @@ struct DecodeConsumer {
     QUANT_UNROLL for (int block = 0; block < kHeadBlocks; ++block) {
       QUANT_UNROLL for (int h = 0; h < 2; ++h) {
         float &near = score[block][h], &far = score[block][2 + h];
-        const float u = row_units()[8 * block + 2 * q + h], old = top[block][h];
+        const float u = C::kCaps ? 1 : row_units()[8 * block + 2 * q + h], old = top[block][h];
         const float now = fmaxf(old, ceilf(over_tokens(fmaxf(near, far)) * u));
         fade[block][h] = exponential2(old - now);
         changed |= now != old;

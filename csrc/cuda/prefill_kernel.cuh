@@ -35,6 +35,15 @@
 //
 // Blocks start with the last tiles: for whole prompts, the longest first. A tile's pages that all
 // rows see need no mask.
+//
+// Instances of their own, so that the plain kernel does not pay for them:
+//
+//     kSoftCap   S is capped after sm_scale and before masks: two more of the instructions that
+//                exponentials are, and three others, for every score
+//     kSkips     a page whose largest S is below M - 1 - threshold in all 64 rows of a warpgroup
+//                leaves out its exponentials and P V. The warpgroup's four warps vote: their MMAs
+//                are one. p of what is left out is below 2^-threshold of the row's largest, which
+//                is always kept; producers unpack its V all the same
 #pragma once
 
 #include "cuda/prefill_unpack.cuh"
@@ -51,6 +60,7 @@ struct PrefillConsumer {
   using Operand = uint32_t[2][4];  // P of 32 slots each
   using Fade = float[2];           // of what was summed before a page
 
+  const PrefillParams& params;
   const AttentionParams& p;
   const PrefillShared<C>& shared;
   const PrefillTile& tile;
@@ -59,9 +69,10 @@ struct PrefillConsumer {
   float top[2], total[2], offsets[2];
   float sum[C::kDim / 2];
 
-  QUANT_DEVICE PrefillConsumer(const AttentionParams& p, const PrefillShared<C>& shared,
+  QUANT_DEVICE PrefillConsumer(const PrefillParams& params, const PrefillShared<C>& shared,
                                const PrefillTile& tile, int group, int thread)
-      : p(p),
+      : params(params),
+        p(params.shared),
         shared(shared),
         tile(tile),
         group(group),
@@ -106,6 +117,9 @@ struct PrefillConsumer {
     }
     QUANT_UNROLL for (int i = 0; i < 2; ++i) {
       top[i] = kLowest;
+      if constexpr (C::kSkipping) {
+        if (!live(this->row(i))) top[i] = -kLowest;  // finds every page negligible
+      }
       total[i] = offsets[i] = 0;
     }
     QUANT_UNROLL for (int i = 0; i < C::kDim / 2; ++i) sum[i] = 0;
@@ -181,11 +195,17 @@ struct PrefillConsumer {
         QUANT_UNROLL for (int i = 0; i < 2; ++i) {
           const int j = index(at / 2, at % 2, b, i);
           score[j] = product[j] * scale.x[b] + q_sum[i] * offset.x[b];
+          if constexpr (C::kCaps) score[j] = capped(score[j] * shared.row_unit[row(i)], p.cap);
         }
       }
     }
   }
-  QUANT_DEVICE void raise_top(int n, const Range& range, Score& score, Fade& fade) {
+  // What is left of a row's unit once scores are scaled.
+  QUANT_DEVICE float unit(int i) const { return C::kCaps ? 1 : shared.row_unit[row(i)]; }
+  // Whether the page goes on to P: not where kSkipping, and all rows of the warpgroup find it
+  // negligible. Their M stays then, and fade is 1.
+  QUANT_DEVICE bool raise_top(int n, const Range& range, Score& score, Fade& fade) {
+    bool negligible = true;
     if (range.masked(n)) mask(tile.begin + n, score);
     QUANT_UNROLL for (int i = 0; i < 2; ++i) {
       float largest = score[2 * i];
@@ -194,22 +214,25 @@ struct PrefillConsumer {
       }
       largest = fmaxf(largest, shuffle_xor(largest, 1));
       largest = fmaxf(largest, shuffle_xor(largest, 2));
-      const float now = fmaxf(top[i], ceilf(largest * shared.row_unit[row(i)]));
+      const float in_page = largest * unit(i), now = fmaxf(top[i], ceilf(in_page));
+      negligible = negligible && in_page < top[i] - params.negligible;
       fade[i] = exponential2(top[i] - now);
       top[i] = now;
       total[i] *= fade[i];
       offsets[i] *= fade[i];
     }
+    if constexpr (C::kSkipping) return !all_of_group(1 + group, 128, negligible);
+    return true;
   }
   QUANT_DEVICE void exponentiate(int n, const Score& score, Operand& operand) {
-    const float unit[2] = {shared.row_unit[row(0)], shared.row_unit[row(1)]};
+    const float units[2] = {unit(0), unit(1)};
     QUANT_UNROLL for (int at = 0; at < 4; ++at) {
       const Four weight = plane(n, 2, at / 2, at % 2), offset = plane(n, 3, at / 2, at % 2);
       QUANT_UNROLL for (int i = 0; i < 2; ++i) {
         float y[4];
         QUANT_UNROLL for (int b = 0; b < 4; ++b) {
           const float x = score[index(at / 2, at % 2, b, i)];
-          const float one = exponential2(x * unit[i] - top[i]);
+          const float one = exponential2(x * units[i] - top[i]);
           total[i] += one;
           offsets[i] += one * offset.x[b];
           y[b] = one * weight.x[b];
@@ -243,32 +266,54 @@ struct PrefillConsumer {
     give_back(shared.value_empty, n);
   }
 
+  // V of a page that is negligible. Without the wait this warpgroup could be a round of stages
+  // ahead of the other one or of the producer, and its arrivals would count for an earlier page.
+  QUANT_DEVICE void pass_values(int n) const {
+    barrier_wait(shared.value_full + stage_of(n), parity_of(n));
+    give_back(shared.value_empty, n);
+  }
+
   struct Pipeline {
     Score product, score;  // Q K of a page; what the page before it has become
     Operand operand;
     Fade fade;
     Part part;
   };
-  // Page n begins (there is none where kEnds), n - 1 becomes P, and n - 2 is added.
-  template <bool kEnds>
-  QUANT_DEVICE void advance_pages(int n, const Range& range, Pipeline& r) {
+  // Page n begins (there is none where kEnds), n - 1 becomes P, and n - 2 is added where kPending:
+  // where it has a P. Whether n - 1 has one.
+  template <bool kEnds, bool kPending>
+  QUANT_DEVICE bool advance_pages(int n, const Range& range, Pipeline& r) {
     Fade fade;
-    multiply_values(n - 2, 0, r.operand, r.part);
+    if constexpr (kPending) multiply_values(n - 2, 0, r.operand, r.part);
     scale(n - 1, r.product, r.score);
-    if constexpr (C::kPieces == 2) {
+    if constexpr (kPending && C::kPieces == 2) {
       mma_wait<0>();
       add(n - 2, 0, r.fade, r.part);
       multiply_values(n - 2, 1, r.operand, r.part);
     }
     if constexpr (!kEnds) multiply_keys(n, r.product);
-    raise_top(n - 1, range, r.score, fade);
-    mma_wait<kEnds ? 0 : 1>();
-    add(n - 2, C::kPieces - 1, r.fade, r.part);
-    give_back(shared.value_empty, n - 2);
-    exponentiate(n - 1, r.score, r.operand);
+    const bool counts = raise_top(n - 1, range, r.score, fade);
+    if constexpr (kPending) {
+      mma_wait<kEnds ? 0 : 1>();
+      add(n - 2, C::kPieces - 1, r.fade, r.part);
+      give_back(shared.value_empty, n - 2);
+    } else {
+      pass_values(n - 2);
+    }
+    if (counts) {
+      exponentiate(n - 1, r.score, r.operand);
+    } else {
+      give_back(shared.key_empty, n - 1);
+    }
     r.fade[0] = fade[0];
     r.fade[1] = fade[1];
     mma_wait<0>();
+    return counts;
+  }
+  template <bool kEnds>
+  QUANT_DEVICE bool advance_pages(int n, const Range& range, Pipeline& r, bool pending) {
+    if (!C::kSkipping || pending) return advance_pages<kEnds, true>(n, range, r);
+    return advance_pages<kEnds, false>(n, range, r);
   }
   QUANT_DEVICE void three_stages(const Range& range) {
     Pipeline r;
@@ -280,13 +325,20 @@ struct PrefillConsumer {
     raise_top(range.begin, range, r.score, r.fade);
     exponentiate(range.begin, r.score, r.operand);
     const int second = range.begin + 1;
+    bool pending = true;
     if (second < range.end) {
       multiply_keys(second, r.product);
       mma_wait<0>();
-      for (int n = second + 1; n < range.end; ++n) advance_pages<false>(n, range, r);
-      advance_pages<true>(range.end, range, r);
+      for (int n = second + 1; n < range.end; ++n) {
+        pending = advance_pages<false>(n, range, r, pending);
+      }
+      pending = advance_pages<true>(range.end, range, r, pending);
     }
-    add_pieces(range.end - 1, 0, r.operand, r.fade, r.part);
+    if (pending) {
+      add_pieces(range.end - 1, 0, r.operand, r.fade, r.part);
+    } else {
+      pass_values(range.end - 1);
+    }
   }
   // The same with one S: P V of a page beside Q K of the next.
   QUANT_DEVICE void two_stages(const Range& range) {
@@ -298,10 +350,19 @@ struct PrefillConsumer {
     mma_wait<0>();
     for (int n = range.begin; n < range.end; ++n) {
       scale(n, score, score);
-      raise_top(n, range, score, fade);
-      exponentiate(n, score, operand);
+      const bool counts = raise_top(n, range, score, fade);
+      if (counts) {
+        exponentiate(n, score, operand);
+      } else {
+        give_back(shared.key_empty, n);
+      }
       if (n + 1 < range.end) multiply_keys(n + 1, score);
-      add_pieces(n, 0, operand, fade, part);
+      if (counts) {
+        add_pieces(n, 0, operand, fade, part);
+      } else {
+        pass_values(n);
+        mma_wait<0>();
+      }
     }
   }
 
@@ -398,7 +459,7 @@ QUANT_DEVICE void prefill_body(const PrefillParams& params) {
     }
   } else {
     registers_grow<232>();
-    PrefillConsumer<C>(params.shared, shared, tile, warp / kGroupWarps, thread_index()).run();
+    PrefillConsumer<C>(params, shared, tile, warp / kGroupWarps, thread_index()).run();
   }
 }
 

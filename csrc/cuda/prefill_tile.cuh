@@ -16,9 +16,10 @@ constexpr int kBacks = 8;
 QUANT_DEVICE int stage_of(int n) { return n & (kPageStages - 1); }
 QUANT_DEVICE int parity_of(int n) { return n / kPageStages & 1; }
 
-template <int kDim_>
+template <int kDim_, int kOptions = kPlain>
 struct PrefillConfig {
   static constexpr int kDim = kDim_, kHalf = kDim / 2;
+  static constexpr bool kCaps = (kOptions & kSoftCap) != 0, kSkipping = (kOptions & kSkips) != 0;
   static constexpr bool kThreeStages = kDim <= 128;
   static constexpr int kPiece = 64;  // channels of a P V
   static constexpr int kPieces = kDim / kPiece;

@@ -137,6 +137,19 @@ QUANT_DEVICE void block_sync() { __syncthreads(); }
 QUANT_DEVICE void group_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
+// The same, and whether all of them say so.
+QUANT_DEVICE bool all_of_group(int id, int threads, bool value) {
+  uint32_t all;
+  asm volatile(
+      "{\n\t.reg .pred mine, all;\n\t"
+      "setp.ne.u32 mine, %3, 0;\n\t"
+      "bar.red.and.pred all, %1, %2, mine;\n\t"
+      "selp.u32 %0, 1, 0, all;\n\t}"
+      : "=r"(all)
+      : "r"(id), "r"(threads), "r"(static_cast<uint32_t>(value))
+      : "memory");
+  return all != 0;
+}
 QUANT_DEVICE void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
@@ -211,6 +224,12 @@ QUANT_DEVICE float add(float a, float b) { return __fadd_rn(a, b); }
 QUANT_DEVICE float exponential2(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+// Within 2^-23 of itself.
+QUANT_DEVICE float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 // Four numbers to E4M3, to nearest and saturating; the first in the lowest byte.

@@ -9,7 +9,7 @@
 #define QUANT_CUDA_API __attribute__((visibility("default")))
 
 // Goes up with every change that an already built caller would notice.
-#define QUANT_CUDA_ABI_VERSION 3
+#define QUANT_CUDA_ABI_VERSION 4
 
 #include <stdint.h>
 
@@ -88,6 +88,7 @@ typedef struct {
   int64_t q_token, q_head, q_scale_token, table_row, out_token, out_head;
   int64_t pages;
   float sm_scale;  // of scores, positive
+  float soft_cap;  // c: scores become c tanh(score / c); 0: they stay
   int window;      // keys that a query sees, itself included; 0: all before it
   int batch, heads, kv_heads, head_dim, out_type;
 } QuantCudaAttention;
@@ -96,6 +97,9 @@ typedef struct {
   QuantCudaAttention attention;
   const int32_t* cu_seqlens;  // [batch + 1]
   int max_query_len;          // of the longest chunk
+  // Of pages that every row of a warpgroup finds this far, in powers of two, below the largest term
+  // before them, values are not read; 0: of none.
+  float skip_threshold;
 } QuantCudaPrefill;
 
 // One query a sequence; a sequence of length 0 gives zeros.

@@ -97,11 +97,14 @@ def prefill_attention(
     out: Tensor,
     sm_scale: float,
     window: int,
+    soft_cap: float = 0.0,
+    skip_threshold: float = 0.0,
 ) -> None:
+    """skip_threshold: an approximation's, and this is the definition."""
     cache = (kv_codes, kv_scales, block_table, cu_seqlens, kv_lens)
     out.copy_(
         reference_attention.prefill_attention(
-            q_codes, q_scale, *cache, sm_scale=sm_scale, window=window
+            q_codes, q_scale, *cache, sm_scale=sm_scale, window=window, soft_cap=soft_cap
         )
     )
 
@@ -117,11 +120,12 @@ def decode_attention(
     sm_scale: float,
     window: int,
     workspace: Tensor | None,
+    soft_cap: float = 0.0,
 ) -> None:
     cache = (kv_codes, kv_scales, block_table, kv_lens)
     out.copy_(
         reference_attention.decode_attention(
-            q_codes, q_scale, *cache, sm_scale=sm_scale, window=window
+            q_codes, q_scale, *cache, sm_scale=sm_scale, window=window, soft_cap=soft_cap
         )
     )
 

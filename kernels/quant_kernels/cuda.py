@@ -9,7 +9,7 @@ import functools
 
 from quant_kernels import native
 
-ABI = 3
+ABI = 4
 
 # QuantCudaStatus: the answers that mean "this machine has no GPU to offer".
 NO_DRIVER = -2

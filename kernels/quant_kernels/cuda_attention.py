@@ -1,7 +1,7 @@
 """Attention over the INT4 cache on Hopper (csrc/cuda/prefill_kernel.cuh, decode_kernel.cuh).
 
 Head dims 64, 128 and 256, up to 16 query heads a KV head in decode; other shapes raise OpError and
-name the backend that takes them.
+name the backend that takes them. Soft cap and skipping are kernels of their own.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class Attention(ctypes.Structure):
         *((name, ctypes.c_int64) for name in (
             "q_token", "q_head", "q_scale_token", "table_row", "out_token", "out_head", "pages")),
         ("sm_scale", ctypes.c_float),
+        ("soft_cap", ctypes.c_float),
         *((name, ctypes.c_int) for name in (
             "window", "batch", "heads", "kv_heads", "head_dim", "out_type")),
     )  # fmt: skip
@@ -45,6 +46,7 @@ class Prefill(ctypes.Structure):
         ("attention", Attention),
         ("cu_seqlens", ctypes.c_void_p),
         ("max_query_len", ctypes.c_int),
+        ("skip_threshold", ctypes.c_float),
     )
 
 
@@ -71,12 +73,15 @@ def prefill_call(
     out: Tensor,
     sm_scale: float,
     window: int,
+    soft_cap: float = 0.0,
+    skip_threshold: float = 0.0,
 ) -> Prefill:
     """What the library is told; the tensors must outlive it."""
     attention = _attention(
-        q_codes, q_scale, kv_codes, kv_scales, block_table, kv_lens, out, sm_scale, window
-    )
-    return Prefill(attention, cu_seqlens.data_ptr(), max_query_len)
+        q_codes, q_scale, kv_codes, kv_scales, block_table, kv_lens, out, sm_scale, window,
+        soft_cap,
+    )  # fmt: skip
+    return Prefill(attention, cu_seqlens.data_ptr(), max_query_len, skip_threshold)
 
 
 def decode_call(
@@ -91,11 +96,13 @@ def decode_call(
     window: int,
     workspace: Tensor,
     workers: int,
+    soft_cap: float = 0.0,
 ) -> Decode:
     """What the library is told; the tensors must outlive it. workers: blocks of the launch."""
     attention = _attention(
-        q_codes, q_scale, kv_codes, kv_scales, block_table, kv_lens, out, sm_scale, window
-    )
+        q_codes, q_scale, kv_codes, kv_scales, block_table, kv_lens, out, sm_scale, window,
+        soft_cap,
+    )  # fmt: skip
     held = workspace.numel() * workspace.element_size()
     return Decode(attention, workspace.data_ptr(), held, workers)
 
@@ -112,6 +119,8 @@ def prefill_attention(
     out: Tensor,
     sm_scale: float,
     window: int,
+    soft_cap: float = 0.0,
+    skip_threshold: float = 0.0,
 ) -> None:
     """`ops.prefill_attention`."""
     op = "prefill_attention"
@@ -120,7 +129,7 @@ def prefill_attention(
         return
     call = prefill_call(
         q_codes, q_scale, kv_codes, kv_scales, block_table, cu_seqlens, kv_lens, max_query_len,
-        out, sm_scale, window,
+        out, sm_scale, window, soft_cap, skip_threshold,
     )  # fmt: skip
     _start(op, call, q_codes.device)
 
@@ -136,6 +145,7 @@ def decode_attention(
     sm_scale: float,
     window: int,
     workspace: Tensor | None,
+    soft_cap: float = 0.0,
 ) -> None:
     """`ops.decode_attention`."""
     op = "decode_attention"
@@ -155,7 +165,7 @@ def decode_attention(
         )
     call = decode_call(
         q_codes, q_scale, kv_codes, kv_scales, block_table, kv_lens, out, sm_scale, window,
-        workspace, worker_count(q_codes.device, heads, shape[2], dim),
+        workspace, worker_count(q_codes.device, heads, shape[2], dim), soft_cap,
     )  # fmt: skip
     _start(op, call, q_codes.device)
 
@@ -185,6 +195,7 @@ def _attention(
     out: Tensor,
     sm_scale: float,
     window: int,
+    soft_cap: float,
 ) -> Attention:
     heads, dim = q_codes.shape[1:]
     pages, kv_heads = kv_codes.shape[1:3]
@@ -192,8 +203,8 @@ def _attention(
         q_codes.data_ptr(), q_scale.data_ptr(), kv_codes.data_ptr(), kv_scales.data_ptr(),
         block_table.data_ptr(), kv_lens.data_ptr(), out.data_ptr(),
         q_codes.stride(0), q_codes.stride(1), q_scale.stride(0), block_table.stride(0),
-        out.stride(0), out.stride(1), pages, sm_scale, window, len(kv_lens), heads, kv_heads, dim,
-        TYPES[out.dtype],
+        out.stride(0), out.stride(1), pages, sm_scale, soft_cap, window, len(kv_lens), heads,
+        kv_heads, dim, TYPES[out.dtype],
     )  # fmt: skip
 
 

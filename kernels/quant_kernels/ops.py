@@ -148,16 +148,23 @@ def prefill_attention(
     *,
     sm_scale: float,
     window: int = 0,
+    soft_cap: float = 0.0,
+    skip_threshold: float = 0.0,
     backend: str = "",
 ) -> None:
     """Causal attention of packed prompts or chunks over the cache (`reference_attention`).
 
     block_table [B, P], cu_seqlens [B + 1], kv_lens [B], all int32; max_query_len: of the longest
-    chunk, known on the host. out [T, Hq, D] BF16, FP16 or FP32.
+    chunk, known on the host. out [T, Hq, D] BF16, FP16 or FP32. soft_cap: 0 for none.
+
+    skip_threshold > 0 lets a backend leave out keys whose p_t is below 2^-skip_threshold of the
+    largest one of the query: n of them move an output by less than n 2^-skip_threshold times what
+    its channel's values are apart. Backend cutlass does so for pages of keys and 64 rows at once,
+    backend reference never; the others refuse both options.
     """
     call(
         "prefill_attention", q_codes, q_scale, kv_codes, kv_scales, block_table, cu_seqlens,
-        kv_lens, max_query_len, out, sm_scale, window, backend,
+        kv_lens, max_query_len, out, sm_scale, window, soft_cap, skip_threshold, backend,
     )  # fmt: skip
 
 
@@ -172,16 +179,18 @@ def decode_attention(
     *,
     sm_scale: float,
     window: int = 0,
+    soft_cap: float = 0.0,
     workspace: Tensor | None = None,
     backend: str = "",
 ) -> None:
     """Attention of one token a sequence, q_codes [B, Hq, D] -> out [B, Hq, D]; kv_lens [B] int32.
 
-    Length 0 (a padded place) gives zeros. workspace: see `workspace_bytes`.
+    Length 0 (a padded place) gives zeros. workspace: see `workspace_bytes`; soft_cap: see
+    `prefill_attention`.
     """
     call(
         "decode_attention", q_codes, q_scale, kv_codes, kv_scales, block_table, kv_lens, out,
-        sm_scale, window, workspace, backend,
+        sm_scale, window, soft_cap, workspace, backend,
     )  # fmt: skip
 
 

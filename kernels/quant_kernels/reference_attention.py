@@ -17,6 +17,9 @@ P is rounded for FP8 tensor cores after the value's scale has joined it; l and t
 take p as it is. A kernel may take another power of two for z, as long as no P_t exceeds 448: only
 what E4M3 holds as subnormal numbers, less than 2^-14 of the largest, then differs.
 
+With a soft cap c, scores s = S_t ln(2) become c tanh(s / c) before masks, M and all that follows
+(Gemma 2, arXiv:2408.00118, section 2).
+
 Shapes: T query tokens of B sequences one after the other, Hq / Hk query / KV heads, D head_dim,
 pages of `packing.KV_PAGE` tokens. Query head h reads KV head h // (Hq / Hk).
 """
@@ -127,14 +130,15 @@ def attention(
     *,
     sm_scale: float,
     window: int = 0,
+    soft_cap: float = 0.0,
     round_p: bool = True,
 ) -> Tensor:
     """Causal attention of one sequence's last S tokens over its T keys (module docstring).
 
     q_codes [S, Hq, D], q_scale [S, Hq]; keys, values: codes [T, Hk, D]. Query i stands at position
     T - S + i and sees keys up to it; window w > 0: the last w of them only. sm_scale: 1 / sqrt(D)
-    as a rule. round_p False: P stays in FP32. Returns [S, Hq, D] FP32; a query that sees no key
-    gives zeros.
+    as a rule. soft_cap 0: none. round_p False: P stays in FP32. Returns [S, Hq, D] FP32; a query
+    that sees no key gives zeros.
     """
     length, total = len(q_codes), len(keys.codes)
     if total == 0:
@@ -145,6 +149,9 @@ def attention(
     v, v_scale, v_offset = _by_query_head(values, ratio)
     score = (q @ k.mT) * k_scale.mT + q.sum(-1, keepdim=True) * k_offset.mT  # [Hq, S, T]
     score = score * (q_scale.T.unsqueeze(-1) * (sm_scale * LOG2_E))
+    if soft_cap > 0:
+        cap = soft_cap * LOG2_E
+        score = cap * torch.tanh(score / cap)
     position = torch.arange(total - length, total, device=q.device)
     distance = position[:, None] - torch.arange(total, device=q.device)
     seen = (distance >= 0) & ((distance < window) if window > 0 else True)
@@ -172,6 +179,7 @@ def prefill_attention(
     *,
     sm_scale: float,
     window: int = 0,
+    soft_cap: float = 0.0,
 ) -> Tensor:
     """Attention of packed prompts, or chunks of them, over the paged cache.
 
@@ -185,8 +193,9 @@ def prefill_attention(
         part = slice(bounds[b], bounds[b + 1])
         keys, values = read_kv(kv_codes, kv_scales, block_table[b], length)
         out[part] = attention(
-            q_codes[part], q_scale[part], keys, values, sm_scale=sm_scale, window=window
-        )
+            q_codes[part], q_scale[part], keys, values,
+            sm_scale=sm_scale, window=window, soft_cap=soft_cap,
+        )  # fmt: skip
     return out
 
 
@@ -200,6 +209,7 @@ def decode_attention(
     *,
     sm_scale: float,
     window: int = 0,
+    soft_cap: float = 0.0,
 ) -> Tensor:
     """`prefill_attention` with one query a sequence: q_codes [B, Hq, D] -> [B, Hq, D] FP32.
 
@@ -208,7 +218,7 @@ def decode_attention(
     cu_seqlens = torch.arange(len(q_codes) + 1)
     return prefill_attention(
         q_codes, q_scale, kv_codes, kv_scales, block_table, cu_seqlens, kv_lens,
-        sm_scale=sm_scale, window=window,
+        sm_scale=sm_scale, window=window, soft_cap=soft_cap,
     )  # fmt: skip
 
 

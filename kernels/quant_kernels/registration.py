@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 from collections.abc import Callable
 from types import ModuleType
 
@@ -174,6 +175,8 @@ def _prefill_attention(
     out: Tensor,
     sm_scale: float,
     window: int,
+    soft_cap: float,
+    skip_threshold: float,
     backend: str,
 ) -> None:
     op, batch = "prefill_attention", len(kv_lens)
@@ -181,9 +184,11 @@ def _prefill_attention(
     expect(op, "cu_seqlens", cu_seqlens, (batch + 1,), (torch.int32,))
     if not 0 <= max_query_len <= len(q_codes):
         raise OpError(f"{op}: max_query_len is {max_query_len} with {len(q_codes)} query tokens")
-    backend_for(op, q_codes.device, backend).prefill_attention(
+    module = backend_for(op, q_codes.device, backend)
+    options = _options(op, module.NAME, soft_cap=soft_cap, skip_threshold=skip_threshold)
+    module.prefill_attention(
         q_codes, q_scale, kv_codes, kv_scales, block_table, cu_seqlens, kv_lens,
-        max_query_len, out, sm_scale, window,
+        max_query_len, out, sm_scale, window, **options,
     )  # fmt: skip
 
 
@@ -197,6 +202,7 @@ def _decode_attention(
     out: Tensor,
     sm_scale: float,
     window: int,
+    soft_cap: float,
     workspace: Tensor | None,
     backend: str,
 ) -> None:
@@ -204,9 +210,10 @@ def _decode_attention(
     _check_attention(op, q_codes, q_scale, kv_codes, kv_scales, block_table, kv_lens, out, sm_scale)
     if len(q_codes) != len(kv_lens):
         raise OpError(f"{op}: {len(q_codes)} query tokens for {len(kv_lens)} sequences; one each")
-    backend_for(op, q_codes.device, backend).decode_attention(
+    module = backend_for(op, q_codes.device, backend)
+    module.decode_attention(
         q_codes, q_scale, kv_codes, kv_scales, block_table, kv_lens, out,
-        sm_scale, window, workspace,
+        sm_scale, window, workspace, **_options(op, module.NAME, soft_cap=soft_cap),
     )  # fmt: skip
 
 
@@ -287,6 +294,23 @@ def _check_attention(
     expect(op, "out", out, tuple(q_codes.shape), FLOATS)
 
 
+# Backends that take an option of attention.
+_TAKEN_BY = {"soft_cap": ("cutlass", "reference"), "skip_threshold": ("cutlass", "reference")}
+
+
+def _options(op: str, backend: str, **values: float) -> dict[str, float]:
+    """Those that are not off, where the backend takes them."""
+    for name, value in values.items():
+        if not 0 <= value < math.inf:
+            raise OpError(f"{op}: {name} must be finite and not negative, got {value}")
+        if value and backend not in _TAKEN_BY[name]:
+            raise OpError(
+                f"{op}: backend {backend!r} has no {name} (got {value}); the backends "
+                f"{' and '.join(_TAKEN_BY[name])} take it"
+            )
+    return {name: value for name, value in values.items() if value}
+
+
 _GEMM = (
     "(Tensor x_codes, Tensor x_scale, Tensor codes, Tensor t, Tensor c, int group_size, "
     "str numerics, Tensor(a!) out, Tensor? bias, Tensor? residual, bool silu_mul, "
@@ -322,11 +346,11 @@ _SCHEMAS: dict[str, tuple[str, Callable[..., None]]] = {
     ),
     "prefill_attention": (
         f"({_CACHE}Tensor cu_seqlens, Tensor kv_lens, int max_query_len, Tensor(a!) out, "
-        "float sm_scale, int window, str backend) -> ()",
+        "float sm_scale, int window, float soft_cap, float skip_threshold, str backend) -> ()",
         _prefill_attention,
     ),
     "decode_attention": (
-        f"({_CACHE}Tensor kv_lens, Tensor(a!) out, float sm_scale, int window, "
+        f"({_CACHE}Tensor kv_lens, Tensor(a!) out, float sm_scale, int window, float soft_cap, "
         "Tensor(b!)? workspace, str backend) -> ()",
         _decode_attention,
     ),

@@ -83,11 +83,12 @@ def prefill(
     seed: int = 0,
     out: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
+    **options: float,
 ) -> Tensor:
     if out is None:
         out = torch.full(given[0].shape, math.nan, dtype=dtype)
     longest = max(length for length, _ in case.lengths)
-    call = prefill_call(*given, longest, out, 1 / math.sqrt(case.dim), case.window)
+    call = prefill_call(*given, longest, out, 1 / math.sqrt(case.dim), case.window, **options)
     run = simulator.quant_simulate_prefill
     run.restype = ctypes.c_char_p
     finish(run(ctypes.byref(call), resident, late, seed))
@@ -104,6 +105,7 @@ def decode(
     late: bool = True,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
+    soft_cap: float = 0.0,
 ) -> Tensor:
     q_codes, q_scale, codes, scales, table, _, lengths = given
     _, heads, dim = q_codes.shape
@@ -113,7 +115,7 @@ def decode(
     flags = torch.zeros(workers, dtype=torch.int32)
     call = decode_call(
         q_codes, q_scale, codes, scales, table, lengths, out, 1 / math.sqrt(dim), window,
-        workspace[:-16], workers,
+        workspace[:-16], workers, soft_cap,
     )  # fmt: skip
     run = simulator.quant_simulate_decode
     run.restype = ctypes.c_char_p
@@ -128,9 +130,11 @@ def decode_arguments(dim: int, heads: int, kv_heads: int, lengths: tuple[int, ..
     return arguments(case, seed=sum(lengths))
 
 
-def wanted_of(given: list[Tensor], window: int = 0) -> Tensor:
+def wanted_of(given: list[Tensor], window: int = 0, soft_cap: float = 0.0) -> Tensor:
     sm_scale = 1 / math.sqrt(given[0].shape[2])
-    return reference_attention.prefill_attention(*given, sm_scale=sm_scale, window=window)
+    return reference_attention.prefill_attention(
+        *given, sm_scale=sm_scale, window=window, soft_cap=soft_cap
+    )
 
 
 # --- prefill ---
@@ -451,6 +455,8 @@ def test_what_no_kernel_takes_is_refused_with_its_reason(simulator):
     assert status(heads=3, kv_heads=2) == {BAD_SHAPE}
     assert status(window=-1) == {BAD_SHAPE}
     assert status(sm_scale=0.0) == {BAD_SHAPE}
+    assert status(soft_cap=-1.0) == status(soft_cap=math.inf) == {BAD_SHAPE}
+    assert status(skip_threshold=-1.0) == status(skip_threshold=math.nan) == {0, BAD_SHAPE}
     assert status(out_type=3) == {BAD_SHAPE}
     assert status(kv_scales=None) == {NULL_POINTER}
     assert status(q_token=120) == {BAD_ALIGNMENT}
@@ -506,7 +512,10 @@ def cutlass_include() -> Path | None:
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, list[str]]]:
-    """What ptxas says, and the opcodes of every kernel: prefill_128, decode_128_1, ..."""
+    """What ptxas says, and the opcodes of every kernel: prefill_128_0, decode_128_1_0, ...
+
+    The last number is its options (attention_params.h).
+    """
     nvcc, include = shutil.which("nvcc"), cutlass_include()
     if nvcc is None or include is None:
         pytest.skip("needs nvcc, and CUTLASS's headers (CUTLASS_DIR)")
@@ -530,7 +539,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, l
 
 def test_no_kernel_spills_or_serializes(compiled):
     log, found = compiled
-    assert len(found) == len(DIMS) * 3
+    assert len(found) == len(DIMS) * (4 + 2 * 2)
     assert "serialized" not in log
     assert not re.search(r"[1-9]\d* bytes (stack frame|spill)", log)
     for name, ops in found.items():
@@ -539,8 +548,9 @@ def test_no_kernel_spills_or_serializes(compiled):
 
 
 @pytest.mark.parametrize("dim", DIMS)
-def test_prefill_multiplies_in_fp8_on_warpgroups(compiled, dim):
-    ops = compiled[1][f"prefill_{dim}"]
+@pytest.mark.parametrize("options", [0, 1, 2, 3])
+def test_prefill_multiplies_in_fp8_on_warpgroups(compiled, dim, options):
+    ops = compiled[1][f"prefill_{dim}_{options}"]
     mmas = [op for op in ops if "GMMA" in op]
     assert set(mmas) == {"QGMMA.64x64x32.F32.E4M3.E4M3"}  # Q K of 64 keys, P V of 64 channels
     assert len(mmas) >= dim // 32 + 2 * dim // 64
@@ -550,8 +560,9 @@ def test_prefill_multiplies_in_fp8_on_warpgroups(compiled, dim):
 
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("blocks", [1, 2])
-def test_decode_multiplies_once_for_all_heads(compiled, dim, blocks):
-    ops = compiled[1][f"decode_{dim}_{blocks}"]
+@pytest.mark.parametrize("options", [0, 1])
+def test_decode_multiplies_once_for_all_heads(compiled, dim, blocks, options):
+    ops = compiled[1][f"decode_{dim}_{blocks}_{options}"]
     # Of a page a warp has 16 tokens: D / 16 MMAs for K and as many for V, for every 8 heads.
     assert sum(op.startswith("HMMA.16816.F32") for op in ops) == 2 * blocks * dim // 16
     assert sum(op.startswith("MOVM") for op in ops) == 2 * blocks

@@ -266,9 +266,9 @@ def every_call() -> dict[str, tuple]:
         "rope_append": (*rope_arguments().values(), None, None, 1e-6, None, None, False, ""),
         "prefill_attention": (
             *shared, torch.tensor([0, 1, 2], dtype=torch.int32), lengths, 1, torch.zeros(2, HQ, D),
-            0.2, 0, "",
+            0.2, 0, 5.0, 0.0, "",
         ),
-        "decode_attention": (*shared, lengths, torch.zeros(2, HQ, D), 0.2, 0, None, ""),
+        "decode_attention": (*shared, lengths, torch.zeros(2, HQ, D), 0.2, 0, 5.0, None, ""),
     }  # fmt: skip
 
 

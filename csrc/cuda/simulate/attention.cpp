@@ -11,10 +11,11 @@ namespace {
 std::string failure;
 uint32_t* flags;
 
-template <int kDim, int kHeadBlocks>
+template <int kDim, int kHeadBlocks, int kOptions>
 bool simulate(const QuantCudaDecode& d, Launch launch) {
-  using C = DecodeConfig<kDim, kHeadBlocks>;
+  using C = DecodeConfig<kDim, kHeadBlocks, kOptions>;
   const DecodeParams p = plan(d, flags);
+  if (options(d) != kOptions) return false;
   if (d.attention.head_dim != kDim || (p.shared.ratio + 7) / 8 != kHeadBlocks) return false;
   launch.blocks = p.workers;
   launch.threads = kDecodeThreads;
@@ -23,16 +24,28 @@ bool simulate(const QuantCudaDecode& d, Launch launch) {
   return true;
 }
 
-template <int kDim>
+template <int kDim, int kOptions>
 bool simulate(const QuantCudaPrefill& prefill, Launch launch) {
-  using C = PrefillConfig<kDim>;
-  if (prefill.attention.head_dim != kDim) return false;
+  using C = PrefillConfig<kDim, kOptions>;
+  if (prefill.attention.head_dim != kDim || options(prefill) != kOptions) return false;
   const PrefillParams p = plan(prefill);
   launch.blocks = prefill_blocks(p);
   launch.threads = kPrefillThreads;
   launch.shared_bytes = C::kSharedBytes;
   failure = run(launch, [&] { prefill_body<C>(p); });
   return true;
+}
+
+template <int kOptions>
+bool simulate_dims(const QuantCudaDecode& d, const Launch& launch) {
+  return simulate<64, 1, kOptions>(d, launch) || simulate<128, 1, kOptions>(d, launch) ||
+         simulate<256, 1, kOptions>(d, launch) || simulate<64, 2, kOptions>(d, launch) ||
+         simulate<128, 2, kOptions>(d, launch) || simulate<256, 2, kOptions>(d, launch);
+}
+template <int kOptions>
+bool simulate_dims(const QuantCudaPrefill& prefill, const Launch& launch) {
+  return simulate<64, kOptions>(prefill, launch) || simulate<128, kOptions>(prefill, launch) ||
+         simulate<256, kOptions>(prefill, launch);
 }
 
 Launch launch_of(int resident, int late, unsigned seed) {
@@ -106,9 +119,7 @@ const char* quant_simulate_decode(const QuantCudaDecode* decode, uint32_t* zeros
   if (const int status = check(*decode)) return refused(status);
   const Launch launch = launch_of(resident, late, seed);
   failure = "no kernel";
-  simulate<64, 1>(*decode, launch) || simulate<128, 1>(*decode, launch) ||
-      simulate<256, 1>(*decode, launch) || simulate<64, 2>(*decode, launch) ||
-      simulate<128, 2>(*decode, launch) || simulate<256, 2>(*decode, launch);
+  simulate_dims<kPlain>(*decode, launch) || simulate_dims<kSoftCap>(*decode, launch);
   return reason();
 }
 
@@ -118,9 +129,15 @@ const char* quant_simulate_prefill(const QuantCudaPrefill* prefill, int resident
   if (const int status = check(*prefill)) return refused(status);
   const Launch launch = launch_of(resident, late, seed);
   failure = "no kernel";
-  simulate<64>(*prefill, launch) || simulate<128>(*prefill, launch) ||
-      simulate<256>(*prefill, launch);
+  simulate_dims<kPlain>(*prefill, launch) || simulate_dims<kSoftCap>(*prefill, launch) ||
+      simulate_dims<kSkips>(*prefill, launch) || simulate_dims<kSoftCap | kSkips>(*prefill, launch);
   return reason();
+}
+
+// Of the last launch: pages that warpgroups might have skipped, and those that they did.
+void quant_simulate_skipped(int64_t* pages, int64_t* skipped) {
+  *pages = quant::votes().held;
+  *skipped = quant::votes().unanimous;
 }
 
 // The pages of a worker as rows (sequence, head, first, end); how many there are.

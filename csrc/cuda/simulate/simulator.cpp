@@ -33,6 +33,7 @@ struct Warp {
 };
 struct Meeting {  // of group_sync and cluster_sync
   int arrived = 0, generation = 0;
+  bool all[2];  // of even generations, and odd ones
 };
 struct Block {
   int index;
@@ -74,6 +75,7 @@ struct Machine {
   std::string failure;
 };
 Machine* machine;
+Votes counted;
 
 void enter() {
   (*machine->body)();
@@ -298,6 +300,18 @@ void synchronize(int group, int threads, const char* what) {
   wait_for([&meeting, generation] { return meeting.generation != generation; }, what);
 }
 
+bool all_of(int group, int threads, bool value) {
+  Meeting& meeting = machine->current->block->meetings[group];
+  bool& all = meeting.all[meeting.generation % 2];
+  all = value && (meeting.arrived == 0 || all);
+  if (meeting.arrived + 1 == threads) {
+    ++counted.held;
+    counted.unanimous += all;
+  }
+  synchronize(group, threads, "all_of_group");
+  return all;
+}
+
 void schedule_copy(std::function<void()> copy, void* to, size_t bytes, bool) {
   if (!machine->launch.late) {
     copy();
@@ -356,9 +370,11 @@ int grid_size() { return machine->launch.blocks; }
 char* shared_memory() { return machine->current->block->shared; }
 int cluster_rank() { return machine->current->block->index % machine->launch.cluster; }
 
+Votes votes() { return counted; }
 std::string run(const Launch& launch, const std::function<void()>& body) {
   Machine local(launch, body);
   machine = &local;
+  counted = {};
   int next = 0;
   while (local.failure.empty()) {
     int alive = 0;

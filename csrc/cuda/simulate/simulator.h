@@ -32,6 +32,11 @@ struct Launch {
   bool late;
   uint32_t seed;  // of the order in which threads run and copies arrive
 };
+// Of the last `run`: how often groups were asked, and how often all agreed.
+struct Votes {
+  int64_t held, unanimous;
+};
+Votes votes();
 // Runs `body` in every thread. Empty where all ended; otherwise what went wrong.
 std::string run(const Launch& launch, const std::function<void()>& body);
 
@@ -46,6 +51,7 @@ struct WarpWords {
 };
 void gather(const uint32_t (&mine)[6], WarpWords* all);
 void synchronize(int group, int threads, const char* what);
+bool all_of(int group, int threads, bool value);
 void schedule_copy(std::function<void()> copy, void* to, size_t bytes, bool last);
 void* at_rank(void* pointer, int rank);
 struct MmaIssue {
@@ -156,6 +162,9 @@ inline void fence_async() {}
 // --- threads with each other ---
 inline void block_sync() { detail::synchronize(0, 0, "block_sync"); }
 inline void group_sync(int id, int threads) { detail::synchronize(id, threads, "group_sync"); }
+inline bool all_of_group(int id, int threads, bool value) {
+  return detail::all_of(id, threads, value);
+}
 inline void cluster_sync() { detail::synchronize(-1, 0, "cluster_sync"); }
 inline void warp_sync() {
   uint64_t ignored;
@@ -225,6 +234,7 @@ inline uint32_t rotate_right(uint32_t a, int bits) { return a >> bits | a << (32
 inline float multiply(float a, float b) { return a * b; }
 inline float add(float a, float b) { return a + b; }
 float exponential2(float x);
+inline float reciprocal(float x) { return 1 / x; }
 uint32_t to_e4m3(float a, float b, float c, float d);
 struct Bf16 {
   uint16_t bits;
