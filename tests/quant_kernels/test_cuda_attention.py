@@ -1,6 +1,4 @@
-"""The Hopper attention kernels' own source on a CPU: numbers, races, deadlocks, maps, schedules.
-
-And their machine code, where nvcc is.
+"""The Hopper attention kernels' own source on a CPU: numbers, races, deadlocks, schedules.
 
 The simulator runs the kernels thread by thread (csrc/cuda/simulate/simulator.h), MMAs and copies at
 once or as late as the program allows. Pages nobody has, and places behind the last key, hold NaN
@@ -11,30 +9,23 @@ from __future__ import annotations
 
 import ctypes
 import math
-import os
-import re
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from quant_kernels import cuda_attention, reference_attention
+from quant_kernels import cuda_attention, native, reference_attention
 from quant_kernels.cuda_attention import Attention, Decode, Prefill, decode_call, prefill_call
 from quant_kernels.kv4 import KVFormat, dequantize_kv, quantize_kv
 from quant_kernels.packing import KV_PAGE, pack_kv
 from quant_kernels.reference import quantize_activation
 from quant_kernels.registration import OpError
-from tests.quant_kernels.sass import kernels
 from tests.quant_kernels.triton.test_prefill_attention import (
     Case,
     arguments,
     check_against_reference,
 )
 
-CSRC = Path(__file__).parents[2] / "csrc"
 DIMS = (64, 128, 256)
 NULL_POINTER, BAD_SHAPE, BAD_ALIGNMENT, NO_KERNEL, SMALL_WORKSPACE = -1, -5, -6, -7, -8
 
@@ -347,86 +338,6 @@ def test_the_error_against_fp64_is_that_of_rounding_p(simulator, dim, outliers):
     assert bool((error <= bound[-1:] + slack).all())
 
 
-# --- maps ---
-def test_every_byte_becomes_its_codes(simulator):
-    bytes_ = torch.arange(256, dtype=torch.uint8)
-    words = bytes_.repeat_interleave(4)
-    e4m3, halves = (torch.zeros(512, dtype=torch.int32) for _ in range(2))
-    simulator.quant_attention_codes(
-        ctypes.c_void_p(words.data_ptr()), ctypes.c_int64(256),
-        ctypes.c_void_p(e4m3.data_ptr()), ctypes.c_void_p(halves.data_ptr()),
-    )  # fmt: skip
-    nibbles = torch.stack((bytes_ & 15, bytes_ >> 4), dim=1).int()
-    codes = torch.where(nibbles > 7, nibbles - 16, nibbles).float()
-    found = e4m3.view(torch.float8_e4m3fn).float().view(256, 2, 4) * 512
-    assert torch.equal(found, codes.unsqueeze(-1).expand(256, 2, 4))
-    unit = torch.tensor([2.0**-24, 2.0**-20]).view(1, 2, 1)  # of low nibbles, of high ones
-    found = halves.view(torch.float16).float().view(256, 2, 2) / unit - 8
-    assert torch.equal(found, codes.unsqueeze(-1).expand(256, 2, 2))
-
-
-def layout(simulator, dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    tables = (
-        torch.zeros(KV_PAGE, dtype=torch.int32),
-        torch.zeros(KV_PAGE, dtype=torch.int32),
-        torch.zeros(KV_PAGE * dim // 32, 2, dtype=torch.int32),
-        torch.zeros(dim // 64, 32, dtype=torch.int32),
-    )
-    simulator.quant_prefill_layout(dim, *(ctypes.c_void_p(t.data_ptr()) for t in tables))
-    return tables
-
-
-def test_slots_of_p_are_columns_of_s(simulator):
-    tokens, columns, _, _ = layout(simulator, 64)
-    assert sorted(tokens.tolist()) == list(range(KV_PAGE))
-    assert sorted(columns.tolist()) == list(range(KV_PAGE))
-    # PTX: accumulator register i of 4 j + i of lane q: columns 8 j + 2 q + i % 2. Operand register
-    # r, byte b: k = 16 (r / 2) + 4 q + b. P's byte (r, b) of step s is packed of S's registers
-    # 4 (4 s + 2 (r / 2) + b / 2) + b % 2 (row g): the same slot.
-    for step in range(2):
-        for q in range(4):
-            for h in range(2):
-                for b in range(4):
-                    j = 4 * step + 2 * h + b // 2
-                    slot = 32 * step + 16 * h + 4 * q + b
-                    assert int(columns[slot]) == 8 * j + 2 * q + b % 2
-
-
-def banks(addresses: list[int], width: int) -> list[int]:
-    return [(address // 4 + i) % 32 for address in addresses for i in range(width // 4)]
-
-
-@pytest.mark.parametrize("dim", DIMS)
-def test_unpacking_touches_every_byte_once_and_no_bank_twice(simulator, dim):
-    tokens, columns, chunks, words = layout(simulator, dim)
-    slot_of = tokens.argsort()
-    assert len({tuple(chunk) for chunk in chunks.tolist()}) == len(chunks)
-    assert int(chunks[:, 0].max()) == KV_PAGE - 1
-    assert int(chunks[:, 1].max()) == dim // 32 - 1
-    for eight in chunks.view(-1, 8, 2).tolist():  # 16 bytes each: eight lanes at a time
-        read = banks([token * dim // 2 + 16 * chunk for token, chunk in eight], 16)
-        assert len(set(read)) == 32
-        rows = [(int(columns[slot_of[token]]), 16 * chunk) for token, chunk in eight]
-        for first in (0, dim // 2):
-            placed = [row * 128 + ((byte + first) % 128 ^ row % 8 << 4) for row, byte in rows]
-            assert len(set(banks(placed, 16))) == 32
-    for round_ in words.tolist():
-        for i in range(16):  # 4 bytes each: a warp at a time
-            place = [
-                int(tokens[lane % 4 * 16 + i]) * dim // 2 + 4 * word
-                for lane, word in enumerate(round_)
-            ]
-            assert len(set(banks(place, 4))) == 32
-        for begin in range(0, 32, 8):
-            for byte in range(4):
-                lanes = range(begin, begin + 8)
-                rows = [(4 * round_[lane] + byte, lane % 4 * 16) for lane in lanes]
-                placed = [row * 128 + (column ^ row % 8 << 4) for row, column in rows]
-                assert len(set(banks(placed, 16))) == 32
-    found = {(lane % 4, word) for round_ in words.tolist() for lane, word in enumerate(round_)}
-    assert len(found) == 4 * dim // 8
-
-
 # --- what is refused ---
 def test_what_no_kernel_takes_is_refused_with_its_reason(simulator):
     case = Case(64, 2, 1, ((5, 9),))
@@ -483,7 +394,7 @@ def test_the_op_says_what_takes_other_shapes():
     [("Attention", Attention), ("Prefill", Prefill), ("Decode", Decode)],
 )
 def test_the_structures_are_the_headers(name, structure):
-    header = (CSRC / "include" / "quant_cuda.h").read_text()
+    header = (native.SOURCE_TREE / "csrc" / "include" / "quant_cuda.h").read_text()
     body = header[: header.index(f"}} QuantCuda{name};")]
     declared = []
     for line in body[body.rindex("typedef struct {") :].splitlines()[1:]:
@@ -499,70 +410,3 @@ def test_decode_blocks_share_a_multiprocessor(simulator):
     assert [blocks(32, 8, dim) for dim in DIMS] == [4, 3, 2]
     assert blocks(32, 8, 96) == 0
     assert blocks(34, 2, 128) == 0
-
-
-# --- machine code ---
-def cutlass_include() -> Path | None:
-    """CUTLASS's headers: $CUTLASS_DIR's, or those that a build has fetched."""
-    folders = [Path(os.environ["CUTLASS_DIR"])] if "CUTLASS_DIR" in os.environ else []
-    folders += sorted((CSRC.parent / "build").glob("*/cutlass"))
-    found = (folder / "include" for folder in folders)
-    return next((f for f in found if (f / "cutlass" / "version.h").is_file()), None)
-
-
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, list[str]]]:
-    """What ptxas says, and the opcodes of every kernel: prefill_128_0, decode_128_1_0, ...
-
-    The last number is its options (attention_params.h).
-    """
-    nvcc, include = shutil.which("nvcc"), cutlass_include()
-    if nvcc is None or include is None:
-        pytest.skip("needs nvcc, and CUTLASS's headers (CUTLASS_DIR)")
-    target = tmp_path_factory.mktemp("attention") / "attention.o"
-    command = [nvcc, "-c", str(CSRC / "cuda" / "attention.cu"), "-o", str(target)]
-    command += ["-gencode=arch=compute_90a,code=sm_90a", "-std=c++17", "-O3", "-DNDEBUG"]
-    command += ["--expt-relaxed-constexpr", "-Xptxas", "-v"]
-    command += [f"-I{CSRC}", f"-I{CSRC / 'include'}", f"-I{include}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    found = {}
-    for name, kernel in kernels(target).items():
-        config = re.search(r"(prefill|decode)_kernel.*ConfigI((?:Li\d+E)+)", name)
-        assert config is not None
-        assert kernel.stack == 0
-        texts = (re.sub(r"^@!?U?P\w+\s+", "", text) for _, text in kernel.instructions)
-        sizes = re.findall(r"Li(\d+)E", config[2])
-        found["_".join((config[1], *sizes))] = [text.split()[0] for text in texts]
-    return done.stdout + done.stderr, found
-
-
-def test_no_kernel_spills_or_serializes(compiled):
-    log, found = compiled
-    assert len(found) == len(DIMS) * (4 + 2 * 2)
-    assert "serialized" not in log
-    assert not re.search(r"[1-9]\d* bytes (stack frame|spill)", log)
-    for name, ops in found.items():
-        assert not any(op.startswith(("LDL", "STL")) for op in ops), name
-        assert sum(op.startswith("UBLKCP") for op in ops) >= 4, name  # codes, scales of K and V
-
-
-@pytest.mark.parametrize("dim", DIMS)
-@pytest.mark.parametrize("options", [0, 1, 2, 3])
-def test_prefill_multiplies_in_fp8_on_warpgroups(compiled, dim, options):
-    ops = compiled[1][f"prefill_{dim}_{options}"]
-    mmas = [op for op in ops if "GMMA" in op]
-    assert set(mmas) == {"QGMMA.64x64x32.F32.E4M3.E4M3"}  # Q K of 64 keys, P V of 64 channels
-    assert len(mmas) >= dim // 32 + 2 * dim // 64
-    assert sum(op.startswith("USETMAXREG") for op in ops) == 2
-    assert not any(op.startswith("HMMA") for op in ops)
-
-
-@pytest.mark.parametrize("dim", DIMS)
-@pytest.mark.parametrize("blocks", [1, 2])
-@pytest.mark.parametrize("options", [0, 1])
-def test_decode_multiplies_once_for_all_heads(compiled, dim, blocks, options):
-    ops = compiled[1][f"decode_{dim}_{blocks}_{options}"]
-    # Of a page a warp has 16 tokens: D / 16 MMAs for K and as many for V, for every 8 heads.
-    assert sum(op.startswith("HMMA.16816.F32") for op in ops) == 2 * blocks * dim // 16
-    assert sum(op.startswith("MOVM") for op in ops) == 2 * blocks

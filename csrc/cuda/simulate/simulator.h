@@ -11,6 +11,7 @@
 // Not simulated: memory order among threads (fences do nothing), bank conflicts, time.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <cstring>
 #include <functional>
@@ -66,6 +67,7 @@ void issue_mma(const MmaIssue& issue);
 void commit_mma();
 void await_mma(int left);
 void progress();
+const std::array<float, 256>& e4m3_table();
 }  // namespace detail
 
 int thread_index();

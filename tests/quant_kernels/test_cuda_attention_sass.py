@@ -1,0 +1,63 @@
+"""The Hopper attention kernels as compiled: the MMAs that were meant, nothing spilled, bulk copies.
+
+That ptxas serializes no WGMMA is held by the build (csrc/cmake/refuse_serialized_wgmma.sh).
+"""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from quant_kernels import native
+from tests.quant_kernels.sass import kernels
+from tests.quant_kernels.test_cuda_attention import DIMS
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, list[str]]:
+    """The opcodes of every kernel: prefill_128_0, decode_128_1_0, ...
+
+    The last number is its options (attention_params.h).
+    """
+    library = native.find("quant_cuda")
+    if library is None:
+        pytest.skip("libquant_cuda.so is not built here")
+    found = {}
+    for name, kernel in kernels(library).items():
+        config = re.search(r"(prefill|decode)_kernel.*ConfigI((?:Li\d+E)+)", name)
+        if config is None:
+            continue
+        assert kernel.stack == 0
+        texts = (re.sub(r"^@!?U?P\w+\s+", "", text) for _, text in kernel.instructions)
+        sizes = re.findall(r"Li(\d+)E", config[2])
+        found["_".join((config[1], *sizes))] = [text.split()[0] for text in texts]
+    return found
+
+
+def test_no_kernel_spills(compiled):
+    assert len(compiled) == len(DIMS) * (4 + 2 * 2)
+    for name, ops in compiled.items():
+        assert not any(op.startswith(("LDL", "STL")) for op in ops), name
+        assert sum(op.startswith("UBLKCP") for op in ops) >= 4, name  # codes, scales of K and V
+
+
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("options", [0, 1, 2, 3])
+def test_prefill_multiplies_in_fp8_on_warpgroups(compiled, dim, options):
+    ops = compiled[f"prefill_{dim}_{options}"]
+    mmas = [op for op in ops if "GMMA" in op]
+    assert set(mmas) == {"QGMMA.64x64x32.F32.E4M3.E4M3"}  # Q K of 64 keys, P V of 64 channels
+    assert len(mmas) >= dim // 32 + 2 * dim // 64
+    assert sum(op.startswith("USETMAXREG") for op in ops) == 2
+    assert not any(op.startswith("HMMA") for op in ops)
+
+
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("blocks", [1, 2])
+@pytest.mark.parametrize("options", [0, 1])
+def test_decode_multiplies_once_for_all_heads(compiled, dim, blocks, options):
+    ops = compiled[f"decode_{dim}_{blocks}_{options}"]
+    # Of a page a warp has 16 tokens: D / 16 MMAs for K and as many for V, for every 8 heads.
+    assert sum(op.startswith("HMMA.16816.F32") for op in ops) == 2 * blocks * dim // 16
+    assert sum(op.startswith("MOVM") for op in ops) == 2 * blocks
