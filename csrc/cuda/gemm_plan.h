@@ -37,7 +37,9 @@ inline int check(const QuantCudaGemm& g) {
   if (!has_kernel(g.kind, g.group_size, g.tile_tokens, g.cluster)) return QUANT_CUDA_NO_KERNEL;
   const bool positive = g.tokens > 0 && g.rows > 0 && g.columns > 0;
   const bool small = g.tokens <= kMostTokens && g.rows <= kMostRows && g.columns <= kMostColumns;
-  if (!positive || !small || g.columns % g.group_size % 8 != 0) return QUANT_CUDA_BAD_SHAPE;
+  const bool grouped = g.kind == QUANT_CUDA_INT8_GROUP || g.kind >= QUANT_CUDA_LUT;
+  const bool whole = g.columns % (grouped ? g.group_size : 16) == 0;  // groups; rows of X
+  if (!positive || !small || !whole) return QUANT_CUDA_BAD_SHAPE;
   if (g.silu_mul && (g.rows % (2 * kFragmentRows) != 0 || g.residual != nullptr)) {
     return QUANT_CUDA_BAD_SHAPE;
   }
@@ -46,7 +48,6 @@ inline int check(const QuantCudaGemm& g) {
     return QUANT_CUDA_BAD_SHAPE;
   const bool many = g.workers * g.cluster > kMostWorkers;
   if (g.workers < 1 || many || (g.split && g.tile_tokens > 128)) return QUANT_CUDA_NO_KERNEL;
-  const bool grouped = g.kind == QUANT_CUDA_INT8_GROUP || g.kind >= QUANT_CUDA_LUT;
   if (!g.x || !g.x_scale || !g.codes || (grouped && !g.t) || !g.c || !g.out) {
     return QUANT_CUDA_NULL_POINTER;
   }

@@ -22,7 +22,8 @@ that csrc/cpu reads (its kernels say why):
     w4afp8  codes [N / 8, spans, 8, 64]: nibble j of 16-bit word w of a row is column 32 j + w of
             the span of 128, columns padded with q = 0; t [N / 8, G, 8]
 
-With one scale a row t is empty, [0, K]. c [N] is not padded.
+With one scale a row t is empty, [0, K]. c [N] is not padded. The fragment layout (Hopper) is in
+`fragments.py`.
 
 KV cache layout: pages of KV_PAGE tokens, one KV head after the other. Bytes [2, pages, Hk, KV_PAGE,
 D / 2] (0: keys, 1: values): channel j in the low nibble of byte j and channel j + D/2, its partner

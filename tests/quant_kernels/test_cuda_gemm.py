@@ -236,6 +236,8 @@ def test_what_no_kernel_takes_is_refused_with_its_reason(simulator):
     assert status(simulator, p, config, kind=8) == NO_KERNEL
     assert status(simulator, p, config, workers=1000) == NO_KERNEL
     assert status(simulator, p, config, tokens=0) == BAD_SHAPE
+    assert status(simulator, p, config, columns=192) == BAD_SHAPE  # a ragged group
+    assert status(simulator, problem(CHANNEL, 8, 64, 64), config, columns=24) == BAD_SHAPE
     assert status(simulator, p, config, out_type=3) == BAD_SHAPE
     assert status(simulator, p, config, silu_mul=1, rows=192) == BAD_SHAPE
     assert status(simulator, p, config, codes=None) == NULL_POINTER

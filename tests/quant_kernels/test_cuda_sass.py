@@ -77,7 +77,6 @@ def test_weights_and_activations_arrive_in_bulk(gemms):
         counts = kernel.counts()
         assert counts["UBLKCP"] >= 2, key
         assert counts["UTMALDG"] >= 1, key
-        assert counts["LDG"] == 0 or key[3] >= 1  # the epilogue's own, none in the main loop
         loop = kernel.loop()
         assert loop["LDG"] == loop["STG"] == loop["STS"] == 0, key
         multicast = any("UTMALDG" in t and "MULTICAST" in t for _, t in kernel.instructions)

@@ -293,7 +293,7 @@ bool all_of(int group, int threads, bool value) {
   return all;
 }
 
-void schedule_copy(std::function<void()> copy, void* to, size_t bytes, bool) {
+void schedule_copy(std::function<void()> copy, void* to, size_t bytes) {
   if (!machine->launch.late) {
     copy();
     return;

@@ -53,7 +53,7 @@ struct WarpWords {
 void gather(const uint32_t (&mine)[6], WarpWords* all);
 void synchronize(int group, int threads, const char* what);
 bool all_of(int group, int threads, bool value);
-void schedule_copy(std::function<void()> copy, void* to, size_t bytes, bool last);
+void schedule_copy(std::function<void()> copy, void* to, size_t bytes);
 void* at_rank(void* pointer, int rank);
 struct MmaIssue {
   bool floating;
@@ -128,7 +128,7 @@ inline void copy_bulk(void* to, const void* from, int bytes, Barrier* barrier, K
         barrier->bytes -= bytes;
         barrier_settle(barrier);
       },
-      to, static_cast<size_t>(bytes), true);
+      to, static_cast<size_t>(bytes));
 }
 inline uintptr_t swizzled(uintptr_t address) { return address ^ ((address >> 7) & 7) << 4; }
 inline void copy_box(void* to, const TensorMap* map, int x, int y, Barrier* barrier, Keep) {
@@ -148,7 +148,7 @@ inline void copy_box(void* to, const TensorMap* map, int x, int y, Barrier* barr
         barrier->bytes -= static_cast<int64_t>(bytes);
         barrier_settle(barrier);
       },
-      to, bytes, true);
+      to, bytes);
 }
 inline void copy_box_to(void* to, const TensorMap* map, int x, int y, Barrier* barrier,
                         uint16_t blocks, Keep keep) {

@@ -46,7 +46,7 @@ LOCAL = ("LDL", "STL")
 # What kernels are named that add up the parts of others.
 WITHOUT_PRODUCTS = ("combine", "reduce")
 # ptxas's note that it put a wait after every wgmma.
-SERIALIZED = "C7510"
+SERIALIZED = "instructions are serialized"
 
 Case = tuple[Any, ...]
 
@@ -184,7 +184,7 @@ def problems(compiled: Compiled, wanted: str | None, arch: int) -> list[str]:
     if compiled.local_accesses:
         found.append(f"{compiled.local_accesses} accesses to local memory")
     if compiled.serialized:
-        found.append(f"wgmma instructions wait for each other ({SERIALIZED})")
+        found.append("wgmma instructions wait for each other")
     if compiled.mixed_rows:
         found.append("group scales of one row meet codes of another in inline PTX")
     if wanted is not None and wanted not in compiled.instructions:
