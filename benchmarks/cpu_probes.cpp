@@ -42,7 +42,7 @@ extern "C" double probe_read(const uint8_t* data, int64_t bytes, int threads) {
     for (int64_t at = 0; at < part; at += 512) {
       for (int line = 0; line < 8; ++line) {
         sum[line % 4] = _mm512_xor_si512(sum[line % 4], _mm512_loadu_si512(from + at + 64 * line));
-        _mm_prefetch(reinterpret_cast<const char*>(from + at + 64 * line + 4096), _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(from + at + 64 * line + 1024), _MM_HINT_T0);
       }
     }
     for (__m512i& one : sum) asm volatile("" : "+v"(one));

@@ -25,6 +25,7 @@ constexpr uint8_t kOne = 0x38;  // 1, as an E4M3 code
 constexpr int kAhead = 2048;    // bytes of codes, fetched before their turn
 
 int64_t fp8_token_bytes(const Gemm& g) { return sizeof(Operand) * g.spans() * kSpan; }
+int64_t fp8_most_tokens(const Gemm& g) { return (1 << 20) / (g.k + 4 * kBlock); }
 int64_t fp8_scratch_bytes(const Gemm& g) { return kRows * fp8_token_bytes(g); }
 
 inline const float* values(float) { return kFp8Tables.value; }
@@ -41,33 +42,37 @@ void fp8_prepare(const Gemm& g, int64_t token, uint8_t* prepared) {
   for (int64_t k = g.k; k < g.spans() * kSpan; ++k) to[k] = Operand();
 }
 
-// Spans [first, first + spans) of eight rows -> operands [8, 128 spans].
-void unpack_rows(const Gemm& g, int64_t eight, int64_t first, int64_t spans, Operand* operands) {
+// 128 columns of a row of eight -> operands, every 32 of them `apart` numbers from the last.
+inline void unpack_row(const Gemm& g, int64_t eight, int64_t span, int row, Operand* operands,
+                       int64_t apart) {
   const bool exact = g.numerics == QUANT_CPU_EXACT && !g.per_channel;
-  const int64_t groups = g.per_channel ? 0 : g.groups(), all_spans = g.spans();
+  const int64_t groups = g.per_channel ? 0 : g.groups();
   const int shift = g.per_channel ? 62 : __builtin_ctzll(static_cast<uint64_t>(g.group_size));
   const uint8_t* t = static_cast<const uint8_t*>(g.t) + eight * kRows * groups * (exact ? 4 : 1);
-  const uint8_t* codes = g.codes + eight * all_spans * kRows * (kSpan / 2);
-  for (int64_t span = first; span < first + spans; ++span) {
-    for (int row = 0; row < kRows; ++row) {
-      const uint8_t* words = codes + (span * kRows + row) * (kSpan / 2);
-      __builtin_prefetch(words + kAhead);
-      Operand* to = operands + (row * spans + span - first) * kSpan;
+  const uint8_t* words = g.codes + ((eight * g.spans() + span) * kRows + row) * (kSpan / 2);
+  __builtin_prefetch(words + kAhead);
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) {
-        int64_t group = (span * kSpan + 32 * j) >> shift;
-        if (group >= groups) group = groups - 1;  // beyond K: q = 0, and any levels will do
-        Operand own[16];
-        const Operand* levels = own;
-        if (exact) {
-          float scale;
-          std::memcpy(&scale, t + 4 * (group * kRows + row), sizeof scale);
-          for (int q = 0; q < 16; ++q) own[q] = static_cast<Operand>((q - 8) * scale);
-        } else {
-          levels = levels_of(groups == 0 ? kOne : t[group * kRows + row], Operand());
-        }
-        look_up(words, j, levels, to + 32 * j);
-      }
+  for (int j = 0; j < 4; ++j) {
+    int64_t group = (span * kSpan + 32 * j) >> shift;
+    if (group >= groups) group = groups - 1;  // beyond K: q = 0, and any levels will do
+    Operand own[16];
+    const Operand* levels = own;
+    if (exact) {
+      float scale;
+      std::memcpy(&scale, t + 4 * (group * kRows + row), sizeof scale);
+      for (int q = 0; q < 16; ++q) own[q] = static_cast<Operand>((q - 8) * scale);
+    } else {
+      levels = levels_of(groups == 0 ? kOne : t[group * kRows + row], Operand());
+    }
+    look_up(words, j, levels, operands + j * apart);
+  }
+}
+
+// Eight rows -> operands [8, K to the end of the last span].
+void unpack_rows(const Gemm& g, int64_t eight, Operand* operands) {
+  for (int64_t span = 0; span < g.spans(); ++span) {
+    for (int row = 0; row < kRows; ++row) {
+      unpack_row(g, eight, span, row, operands + (row * g.spans() + span) * kSpan, 32);
     }
   }
 }
@@ -115,28 +120,31 @@ int fp8_tiles(int left, const Operand* w, const Operand* x, int64_t columns, flo
   return Tokens;
 }
 
-void fp8_multiply(const Gemm& g, int64_t block, int64_t first, int tokens, const uint8_t* prepared,
-                  uint8_t* scratch, void* to, int64_t next) {
+void fp8_multiply(const Gemm& g, const Blocks& blocks, int64_t first, int tokens,
+                  const uint8_t* prepared, uint8_t* scratch, uint8_t* to, int64_t apart) {
   constexpr int kParts = kBlock / kRows;
   const int64_t columns = g.spans() * kSpan;
   const int64_t code_bytes = kRows * columns / 2;
   Operand* operands = reinterpret_cast<Operand*>(scratch);
   const Operand* x = reinterpret_cast<const Operand*>(prepared) + first * columns;
-  for (int64_t part = block * kParts; part < (block + 1) * kParts; ++part) {
-    unpack_rows(g, part, 0, g.spans(), operands);
-    int64_t ahead = part + 1;
-    if (ahead % kParts == 0) ahead = next < 0 ? part : next * kParts;
-    float* sums = static_cast<float*>(to) + part % kParts * kRows;
-    for (int m = 0; m < tokens;) {
-      m += fp8_tiles<kTileTokens>(tokens - m, operands, x + m * columns, columns, sums + m * kBlock,
-                                  g.codes + ahead * code_bytes);
+  for (int i = 0; i < blocks.count; ++i) {
+    const int64_t next = i + 1 < blocks.count ? blocks.at[i + 1] : blocks.next;
+    for (int64_t part = blocks.at[i] * kParts; part < (blocks.at[i] + 1) * kParts; ++part) {
+      unpack_rows(g, part, operands);
+      int64_t ahead = part + 1;
+      if (ahead % kParts == 0) ahead = next < 0 ? part : next * kParts;
+      float* sums = reinterpret_cast<float*>(to + i * apart) + part % kParts * kRows;
+      for (int m = 0; m < tokens;) {
+        m += fp8_tiles<kTileTokens>(tokens - m, operands, x + m * columns, columns,
+                                    sums + m * kBlock, g.codes + ahead * code_bytes);
+      }
     }
   }
 }
 
 // Evaluated by the compiler: nothing of this file may run where the machine lacks its instructions.
 constexpr Kernels fp8_kernels() {
-  return {fp8_token_bytes, fp8_scratch_bytes, fp8_prepare, fp8_multiply, scale_sums<float>,
+  return {1, fp8_most_tokens, fp8_token_bytes, fp8_scratch_bytes, fp8_prepare, fp8_multiply, scale_sums<float>,
           silu_mul,        load_row,          store_row,   add};
 }
 

@@ -1,7 +1,7 @@
 // Y = X W^T (csrc/include/quant_cpu.h): checks, the split of the work, and the epilogue's order.
 //
-// An item of work is one block of 64 outputs, or with silu_mul one of the gate and what belongs to
-// it of up, and some tokens. Items are independent, and none sums over a part of K: results depend
+// An item of work is some blocks of 64 outputs, with silu_mul of the gate and what belongs to them of
+// up, and some tokens. Items are independent, and none sums over a part of K: results depend
 // neither on the threads nor on how many tokens there are.
 #include "gemm.h"
 
@@ -17,6 +17,7 @@ namespace {
 constexpr int64_t kSumBytes = 4 * kBlock;  // of a token
 // Below so many activations the pool costs more than it saves.
 constexpr int64_t kPrepareAlone = 1 << 15;
+constexpr int64_t kTokensTogether = 16;  // prepared, and summed, whether they exist or not
 
 int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 int64_t ceil_div(int64_t value, int64_t by) { return (value + by - 1) / by; }
@@ -24,14 +25,17 @@ int64_t ceil_div(int64_t value, int64_t by) { return (value + by - 1) / by; }
 struct Work {
   const Gemm& g;
   const Kernels& kernels;
-  int threads;
   int64_t outputs;     // of Y: N, or N / 2 with silu_mul
+  int64_t together;    // blocks of outputs of an item
   int64_t range;       // tokens of an item
-  int64_t item_count;  // blocks times ranges
+  int64_t item_count;  // ranges for every `together` blocks
   int64_t sums_bytes;  // of one block's sums
   const uint8_t* prepared;
 
+  int64_t output_blocks() const { return ceil_div(outputs, kBlock); }
+  int64_t groups() const { return ceil_div(output_blocks(), together); }
   int64_t ranges() const { return ceil_div(g.m, range); }
+  int64_t sums() const { return g.silu_mul ? 2 * together + 1 : together; }
 };
 
 // c and bias of 64 rows from `row` on; zero beyond the last.
@@ -90,27 +94,49 @@ void finish(const Work& work, int64_t column, int64_t first, int tokens, const u
 
 void run_item(const Work& work, int64_t item, uint8_t* scratch) {
   const Gemm& g = work.g;
-  const int64_t block = item / work.ranges();
-  const int64_t first = item % work.ranges() * work.range;
+  // One range after the other: a thread's tokens stay in its L2 cache.
+  const int64_t begin = item % work.groups() * work.together;
+  const int64_t end = std::min(begin + work.together, work.output_blocks());
+  const int64_t first = item / work.groups() * work.range;
   const int tokens = static_cast<int>(std::min(work.range, g.m - first));
-  const int64_t after = (item + work.threads) / work.ranges();
-  const int64_t next = item + work.threads < work.item_count && after != block ? after : -1;
-  uint8_t* const sums = scratch;
-  uint8_t* const up_sums = sums + work.sums_bytes;
-  uint8_t* const rest = sums + (g.silu_mul ? 3 : 1) * work.sums_bytes;
-  const auto multiply = [&](int64_t of, uint8_t* to, int64_t ahead) {
-    work.kernels.multiply(g, of, first, tokens, work.prepared, rest, to, ahead);
-  };
-  if (!g.silu_mul) {
-    multiply(block, sums, next);
-  } else {
-    const int64_t up = (work.outputs + block * kBlock) / kBlock;
-    const bool two = (work.outputs % kBlock) != 0 && up + 1 < g.blocks();
-    multiply(block, sums, up);
-    multiply(up, up_sums, two ? up + 1 : next);
-    if (two) multiply(up + 1, up_sums + work.sums_bytes, next);
+  Blocks blocks = {};
+  for (int64_t block = begin; block < end; ++block) blocks.at[blocks.count++] = block;
+  if (g.silu_mul) {
+    const int64_t up = (work.outputs + begin * kBlock) / kBlock;
+    const int64_t shifted = work.outputs % kBlock != 0 ? 1 : 0;
+    const int64_t up_end = std::min(up + end - begin + shifted, g.blocks());
+    for (int64_t block = up; block < up_end; ++block) blocks.at[blocks.count++] = block;
   }
-  finish(work, block * kBlock, first, tokens, sums, up_sums);
+  blocks.next = item + 1 < work.item_count ? (item + 1) % work.groups() * work.together : -1;
+  uint8_t* const sums = scratch;
+  work.kernels.multiply(g, blocks, first, tokens, work.prepared,
+                        sums + work.sums() * work.sums_bytes, sums, work.sums_bytes);
+  for (int64_t i = 0; i < end - begin; ++i) {
+    finish(work, (begin + i) * kBlock, first, tokens, sums + i * work.sums_bytes,
+           sums + (end - begin + i) * work.sums_bytes);
+  }
+}
+
+// Enough items for every thread, but no more passes over the weights: first blocks are parted, then
+// tokens.
+void divide(Work& work, int threads) {
+  const int64_t m = work.g.m, blocks = work.output_blocks();
+  // Tiles of tokens divide 48.
+  constexpr int64_t kLeast = 48;
+  work.together = 1;
+  work.range = m;
+  if (m > kLeast) {
+    const int64_t most_blocks = work.kernels.blocks / (work.g.silu_mul ? 2 : 1);
+    while (2 * work.together <= most_blocks && blocks / (2 * work.together) >= 4 * threads) {
+      work.together *= 2;
+    }
+    const int64_t wanted = std::min(ceil_div(4 * threads, work.groups()), ceil_div(m, kLeast));
+    const int64_t most = round_up(work.kernels.most_tokens(work.g), kLeast);
+    const int64_t ranges = std::max(wanted, ceil_div(m, most));
+    work.range = round_up(ceil_div(m, ranges), kLeast);
+  }
+  work.item_count = work.groups() * work.ranges();
+  work.sums_bytes = round_up(work.range, kTokensTogether) * kSumBytes;
 }
 
 int run(const Gemm& g, int threads) {
@@ -118,21 +144,11 @@ int run(const Gemm& g, int threads) {
   const Kernels* kernels = kernels_for(int8, g.per_channel || g.numerics == QUANT_CPU_LUT);
   if (kernels == nullptr) return QUANT_CPU_ISA_UNAVAILABLE;
   threads = std::max(threads, 1);
-  Work work = {g, *kernels, threads, g.silu_mul ? g.n / 2 : g.n, g.m, 0, 0, nullptr};
-  const int64_t blocks = ceil_div(work.outputs, kBlock);
-  // Tiles of tokens divide 48. Enough items for every thread, but no more passes over the weights.
-  constexpr int64_t kLeast = 48;
-  if (g.m > kLeast) {
-    const int64_t wanted = std::min(ceil_div(4 * threads, blocks), ceil_div(g.m, kLeast));
-    const int64_t most = round_up(kTokenBytes / (g.k + 256), kLeast);
-    const int64_t ranges = std::max(wanted, ceil_div(g.m, most));
-    work.range = round_up(ceil_div(g.m, ranges), kLeast);
-  }
-  work.item_count = blocks * work.ranges();
-  work.sums_bytes = work.range * kSumBytes;
-  const int64_t prepared_bytes = round_up(g.m, 16) * kernels->token_bytes(g);
+  Work work = {g, *kernels, g.silu_mul ? g.n / 2 : g.n, 0, 0, 0, 0, nullptr};
+  divide(work, threads);
+  const int64_t prepared_bytes = round_up(g.m, kTokensTogether) * kernels->token_bytes(g);
   const int64_t scratch_bytes =
-      round_up((g.silu_mul ? 3 : 1) * work.sums_bytes + kernels->scratch_bytes(g), 4096);
+      round_up(work.sums() * work.sums_bytes + kernels->scratch_bytes(g), 4096);
   const auto team = static_cast<int>(std::min<int64_t>(threads, work.item_count));
   thread_local Arena arena;
   uint8_t* const memory = arena.reserve(prepared_bytes + team * scratch_bytes);

@@ -13,8 +13,7 @@
 namespace quant {
 
 constexpr int kBlock = 64;
-// Tokens that share an unpacked weight: their codes and sums stay in the L2 cache.
-constexpr int64_t kTokenBytes = 1 << 20;
+constexpr int kMostBlocks = 9;  // of an item: four of the gate, and five that hold as many of up
 constexpr int kFp8Rows = 8;  // unpacked together over all of K
 constexpr int kSpan = 128;
 
@@ -46,15 +45,25 @@ struct Gemm {
   int64_t blocks() const { return (n + kBlock - 1) / kBlock; }
 };
 
+// The blocks that an item multiplies by the same tokens, and the one to fetch ahead, or -1.
+struct Blocks {
+  int64_t at[kMostBlocks];
+  int count;
+  int64_t next;
+};
+
 // The kernels of one instruction set and one kind of number.
 struct Kernels {
+  int blocks;  // that an item of many tokens takes, at most four
+  // Tokens that share unpacked weights, at most: what belongs to them stays in the L2 cache.
+  int64_t (*most_tokens)(const Gemm&);
   // Bytes that `prepare` writes for a token, and scratch bytes of a thread.
   int64_t (*token_bytes)(const Gemm&);
   int64_t (*scratch_bytes)(const Gemm&);
   void (*prepare)(const Gemm&, int64_t token, uint8_t* prepared);
-  // The sums [tokens, 64], INT32 or FP32, of a block; `next` is the one to fetch ahead, or -1.
-  void (*multiply)(const Gemm&, int64_t block, int64_t first, int tokens, const uint8_t* prepared,
-                   uint8_t* scratch, void* sums, int64_t next);
+  // The sums [tokens, 64], INT32 or FP32, of every block, `apart` bytes from one to the next.
+  void (*multiply)(const Gemm&, const Blocks&, int64_t first, int tokens, const uint8_t* prepared,
+                   uint8_t* scratch, uint8_t* sums, int64_t apart);
   // y[j] = sums[j] * x_scale * c[j] (+ bias[j]): the reference's order, one rounding each.
   void (*scale)(const void* sums, float x_scale, const float* c, const float* bias, float* y);
   void (*silu_mul)(const float* gate, const float* up, float* y);

@@ -44,7 +44,6 @@ void dot8(V& sum, V bytes, V x) {
   sum = _mm256_add_epi32(sum, _mm256_add_epi32(even, odd));
 }
 #endif
-int matrix_tiles(int, const uint8_t*, int64_t, const int8_t*, int64_t, int32_t*) { return 0; }
 
 }  // namespace
 }  // namespace quant

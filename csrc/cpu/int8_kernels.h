@@ -18,8 +18,8 @@
 //
 // An instruction set gives, before it includes this file and in a namespace without a name:
 // V, kBytes, kTileTokens, kTileVectors, kManyColumns, load, store, splat,
-// and_bytes, shift_nibble, multiply16, dot8, dot16, widen, first_of_pair, second_of_pair, times8,
-// matrix_tiles (as many tokens as a matrix unit takes, or 0). Nothing here may call a function
+// and_bytes, shift_nibble, multiply16, dot8, dot16, widen, first_of_pair, second_of_pair, times8.
+// Nothing here may call a function
 // template of the standard library: the linker would share it with code for older machines.
 #include <cstring>
 
@@ -40,10 +40,9 @@ constexpr int kStreamTokens = 4;
 constexpr int kStreamVectors = kBytes == 64 ? 2 : 1;  // of codes, at once
 // Bytes of codes that are fetched before their turn: into the L2 cache, then into the L1.
 constexpr int kFarAhead = 8192;
-constexpr int kAhead = 768;
+constexpr int kAhead = 1024;
 
 void fetch(const uint8_t* codes) {
-  __builtin_prefetch(codes + kFarAhead, 0, 2);
   __builtin_prefetch(codes + kAhead);
 }
 
@@ -55,6 +54,7 @@ int32_t word_at(const void* from) {
 
 // Prepared tokens: -X[m, G] in pairs of int16, or one int32 -8 X[m] with one scale an output.
 int64_t int8_token_bytes(const Gemm& g) { return g.per_channel ? 4 : 4 * g.pairs(); }
+int64_t int8_most_tokens(const Gemm& g) { return (1 << 20) / (g.k + 4 * kBlock); }
 int64_t int8_scratch_bytes(const Gemm&) { return kBlock * kManyColumns; }
 
 void int8_prepare(const Gemm& g, int64_t token, uint8_t* prepared) {
@@ -275,9 +275,8 @@ void int8_begin(const Gemm& g, const uint8_t* t, int64_t first, int tokens, cons
   }
 }
 
-void int8_multiply(const Gemm& g, int64_t block, int64_t first, int tokens, const uint8_t* prepared,
-                   uint8_t* operands, void* to, int64_t next) {
-  int32_t* sums = static_cast<int32_t*>(to);
+void int8_block(const Gemm& g, int64_t block, int64_t next, int64_t first, int tokens,
+                const uint8_t* prepared, uint8_t* operands, int32_t* sums) {
   const int8_t* x = reinterpret_cast<const int8_t*>(g.x) + first * g.x_stride;
   const uint8_t* codes = g.codes + block * (g.k / 4) * 2 * kBlock;
   const uint8_t* t = static_cast<const uint8_t*>(g.t) + block * g.pairs() * 2 * kBlock;
@@ -294,8 +293,7 @@ void int8_multiply(const Gemm& g, int64_t block, int64_t first, int tokens, cons
       ahead = g.codes + next * (g.k / 4) * 2 * kBlock;
       lines = next < 0 ? 0 : (g.k < most ? g.k : most) / 2;
     }
-    int m = matrix_tiles(tokens, operands, columns, x + k, g.x_stride, sums);
-    while (m < tokens) {
+    for (int m = 0; m < tokens;) {
       const bool fetch = lines > 0;
       m += tiles<kTileTokens>(tokens - m, operands, columns / 4, x + m * g.x_stride + k, g.x_stride,
                               sums + m * kBlock, fetch ? ahead : operands);
@@ -305,11 +303,19 @@ void int8_multiply(const Gemm& g, int64_t block, int64_t first, int tokens, cons
   }
 }
 
+void int8_multiply(const Gemm& g, const Blocks& blocks, int64_t first, int tokens,
+                   const uint8_t* prepared, uint8_t* operands, uint8_t* sums, int64_t apart) {
+  for (int i = 0; i < blocks.count; ++i) {
+    const int64_t next = i + 1 < blocks.count ? blocks.at[i + 1] : blocks.next;
+    int8_block(g, blocks.at[i], next, first, tokens, prepared, operands,
+               reinterpret_cast<int32_t*>(sums + i * apart));
+  }
+}
+
 // Evaluated by the compiler: nothing of this file may run where the machine lacks its instructions.
 constexpr Kernels int8_kernels() {
-  return {int8_token_bytes, int8_scratch_bytes,  int8_prepare,
-          int8_multiply,    scale_sums<int32_t>, silu_mul,
-          load_row,         store_row,           add};
+  return {1,        int8_most_tokens, int8_token_bytes, int8_scratch_bytes, int8_prepare, int8_multiply,
+          scale_sums<int32_t>, silu_mul, load_row, store_row, add};
 }
 
 }  // namespace

@@ -45,7 +45,6 @@ void dot8(V& sum, V bytes, V x) {
     sum = V(U32(sum) + U32(S32(U32(bytes) << up >> 24) * (S32(U32(x) << up) >> 24)));
   }
 }
-int matrix_tiles(int, const uint8_t*, int64_t, const int8_t*, int64_t, int32_t*) { return 0; }
 
 }  // namespace
 }  // namespace quant

@@ -63,6 +63,11 @@ struct alignas(64) Worker {
   std::condition_variable wake;
 };
 
+// The next item of a thread's share.
+struct alignas(64) Next {
+  std::atomic<int64_t> item{0};
+};
+
 class Pool {
  public:
   void run(int64_t count, int threads, Task task, const void* body) noexcept {
@@ -71,7 +76,10 @@ class Pool {
     count_ = count;
     task_ = task;
     body_ = body;
-    next_.store(0, std::memory_order_relaxed);
+    shares_ = threads;
+    for (int i = 0; i < threads; ++i) {
+      next_[i].item.store(count * i / threads, std::memory_order_relaxed);
+    }
     // Threads beyond the cores would take turns at waiting awake: they sleep at once.
     patient_.store(threads <= cores_, std::memory_order_relaxed);
     ++number_;
@@ -139,11 +147,17 @@ class Pool {
     return false;
   }
 
+  // First the thread's own share, in order: what lies side by side in memory is read as one stream.
+  // Then what others have left.
   void take(int thread) {
-    for (;;) {
-      const int64_t item = next_.fetch_add(1, std::memory_order_relaxed);
-      if (item >= count_) return;
-      task_(body_, item, thread);
+    for (int i = 0; i < shares_; ++i) {
+      const int share = (thread + i) % shares_;
+      const int64_t end = count_ * (share + 1) / shares_;
+      for (;;) {
+        const int64_t item = next_[share].item.fetch_add(1, std::memory_order_relaxed);
+        if (item >= end) break;
+        task_(body_, item, thread);
+      }
     }
   }
 
@@ -152,11 +166,12 @@ class Pool {
   int started_ = 0;
   uint64_t number_ = 0;
   int64_t count_ = 0;
+  int shares_ = 0;
   Task task_ = nullptr;
   const void* body_ = nullptr;
   std::atomic<bool> patient_{true};
   alignas(64) std::atomic<uint64_t> gate_{0};
-  alignas(64) std::atomic<int64_t> next_{0};
+  Next next_[kMaxThreads];
   Worker workers_[kMaxThreads - 1];
 };
 

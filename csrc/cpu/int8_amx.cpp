@@ -1,0 +1,199 @@
+// INT8 with AMX: tiles of 16 tokens x 64 columns times 64 columns x 16 outputs, summed in INT32.
+//
+// Tiles multiply signed bytes, and q t is one (-128 .. 112), so that sums need no correction. A
+// block's 64 outputs are four tiles of sums. Tokens are laid out as tiles, [tokens / 16, K / 64, 16,
+// 64]: rows that are 4096 bytes apart would fall into one set of the L1 cache. A tile of operands is
+// 16 steps of four columns as they lie, [steps, 64 outputs, 4].
+//
+//   <= 4 tokens    int8_kernels.h: memory is the limit, and registers need no detour
+//   <= 16 tokens   sums stay in tiles over all of K; while one step's tiles are multiplied, the next
+//                  one's codes become operands
+//   more           kTogether columns become operands, 32 KiB of the L1 cache, then all tokens pass;
+//                  blocks share the tokens' columns, which stay in the L2 cache meanwhile
+//
+// A product of four tiles takes 64 clocks, loading one from the L1 cache 8, from the L2 cache 20.
+#define QUANT_AMX
+#include "int8_avx512.cpp"
+#include "tiles.h"
+
+namespace quant {
+namespace {
+
+constexpr int kTile = 16;            // tokens
+constexpr int kStep = 64;            // columns
+constexpr int64_t kTileBytes = 1024;
+constexpr int64_t kStepBytes = kStep * kBlock;  // of operands
+// Columns whose operands are made together: 24 KiB, half of the L1 cache.
+constexpr int64_t kColumnsTogether = 384;
+
+int64_t padded(const Gemm& g) { return (g.k + kStep - 1) / kStep * kStep; }
+int64_t tokens_bytes(const Gemm& g) { return (g.m + kTile - 1) / kTile * kTile * padded(g); }
+
+// Tokens as tiles, and behind them what int8_kernels.h prepares for few tokens.
+int64_t amx_token_bytes(const Gemm& g) { return padded(g) + int8_token_bytes(g); }
+int64_t amx_most_tokens(const Gemm&) { return 288; }
+int64_t amx_scratch_bytes(const Gemm&) { return kColumnsTogether * kBlock; }
+
+void amx_prepare(const Gemm& g, int64_t token, uint8_t* prepared) {
+  if (g.m <= kStreamTokens) return int8_prepare(g, token, prepared + tokens_bytes(g));
+  const uint8_t* x = g.x + token * g.x_stride;
+  uint8_t* to = prepared + token / kTile * kTile * padded(g) + token % kTile * kStep;
+  for (int64_t k = 0; k < g.k; k += kStep, to += kTileBytes) {
+    const __mmask64 some = g.k - k < kStep ? (1ull << (g.k - k)) - 1 : ~0ull;
+    store(to, _mm512_maskz_loadu_epi8(some, x + k));
+  }
+}
+
+// Columns [first, first + columns) of a block -> operands q t.
+template <bool Scaled>
+inline void unpack_signed(const Gemm& g, const uint8_t* codes, const uint8_t* t, int64_t first,
+                          int64_t columns, uint8_t* operands) {
+  const V mask = splat(0x0F0F0F0F);
+  const int64_t end = first + columns < g.k ? first + columns : g.k;
+  codes += first / 4 * 2 * kBlock;
+  for (int64_t k = first; k < end;) {
+    V scale[4], zero[4];  // 8 t: what the code 0 stands for
+    const int64_t group = k / g.group_size;
+    const int64_t until = (group + 1) * g.group_size < end ? (group + 1) * g.group_size : end;
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) {
+      zero[v] = splat(0x08080808);
+      if (!Scaled) continue;
+      const V pair = widen(t + group / 2 * 2 * kBlock + v * (kBytes / 2));
+      scale[v] = group % 2 == 0 ? first_of_pair(pair) : second_of_pair(pair);
+      zero[v] = multiply16(zero[v], scale[v]);
+    }
+    for (; k < until; k += 4, codes += 2 * kBlock, operands += 4 * kBlock) {
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i) {
+        __builtin_prefetch(codes + i * kBytes + kAhead);
+        const V bytes = load(codes + i * kBytes);
+        V low = and_bytes(bytes, mask), high = and_bytes(shift_nibble(bytes), mask);
+        if (Scaled) {
+          low = multiply16(low, scale[2 * i]);
+          high = multiply16(high, scale[2 * i + 1]);
+        }
+        store(operands + 2 * i * kBytes, _mm512_sub_epi8(low, zero[2 * i]));
+        store(operands + (2 * i + 1) * kBytes, _mm512_sub_epi8(high, zero[2 * i + 1]));
+      }
+    }
+  }
+  written(operands);
+}
+
+void unpack_signed(const Gemm& g, const uint8_t* codes, const uint8_t* t, int64_t first,
+                   int64_t columns, uint8_t* operands) {
+  if (g.per_channel) return unpack_signed<false>(g, codes, t, first, columns, operands);
+  unpack_signed<true>(g, codes, t, first, columns, operands);
+}
+
+inline void multiply_step(const uint8_t* x, const uint8_t* operands) {
+  _tile_loadd(4, x, kStep);
+  _tile_loadd(5, operands, 4 * kBlock);
+  _tile_dpbssd(0, 4, 5);
+  _tile_loadd(6, operands + 64, 4 * kBlock);
+  _tile_dpbssd(1, 4, 6);
+  _tile_loadd(7, operands + 128, 4 * kBlock);
+  _tile_dpbssd(2, 4, 7);
+  _tile_loadd(5, operands + 192, 4 * kBlock);
+  _tile_dpbssd(3, 4, 5);
+}
+
+// Two halves of K are read side by side: memory gives a sixth more than to one stream. Operands are
+// written a step ahead of their use: a tile is loaded from the cache, not from stores under way.
+void multiply_few(const Gemm& g, const uint8_t* codes, const uint8_t* t, const uint8_t* x,
+                  uint8_t* operands, int32_t* sums) {
+  const int64_t steps = padded(g) / kStep, half = (steps + 1) / 2;
+  const auto step_of = [&](int64_t i) { return i / 2 + i % 2 * half; };
+  const auto unpack_step = [&](int64_t i) {
+    unpack_signed(g, codes, t, step_of(i) * kStep, kStep, operands + i % 2 * kStepBytes);
+  };
+  zero_tiles();
+  unpack_step(0);
+  for (int64_t i = 0; i < steps; ++i) {
+    if (i + 1 < steps) unpack_step(i + 1);
+    multiply_step(x + step_of(i) * kTileBytes, operands + i % 2 * kStepBytes);
+  }
+  store_tiles(sums, 16, 4 * kBlock);
+}
+
+// A walk over lines of memory that are fetched while something else is done.
+struct Fetch {
+  const uint8_t* line;
+  int64_t left, at_once;
+
+  void some() {
+    if (left <= 0) return;
+    for (int64_t i = 0; i < at_once; ++i, line += 64) __builtin_prefetch(line, 0, 2);
+    left -= at_once;
+  }
+};
+
+// sums += x operands^T for all tokens, from nothing where `begin`.
+void multiply_many(int tokens, const uint8_t* x, int64_t x_apart, const uint8_t* operands,
+                   int64_t columns, bool begin, Fetch fetch, int32_t* sums) {
+  for (int m = 0; m < tokens; m += kTile, x += x_apart, sums += kTile * kBlock) {
+    if (begin) zero_tiles();
+    if (!begin) load_tiles(sums, 16, 4 * kBlock);
+    for (int64_t i = 0; i < columns / kStep; ++i) {
+      fetch.some();
+      multiply_step(x + i * kTileBytes, operands + i * kStepBytes);
+    }
+    store_tiles(sums, 16, 4 * kBlock);
+  }
+}
+
+void amx_multiply(const Gemm& g, const Blocks& blocks, int64_t first, int tokens,
+                  const uint8_t* prepared, uint8_t* operands, uint8_t* sums, int64_t apart) {
+  if (g.m <= kStreamTokens) {
+    return int8_multiply(g, blocks, first, tokens, prepared + tokens_bytes(g), operands, sums,
+                         apart);
+  }
+  const Tiles guard({64, 64, 64, 64, 64, 64, 64, 64});
+  const auto codes_of = [&](int64_t block) { return g.codes + block * (g.k / 4) * 2 * kBlock; };
+  const auto t_of = [&](int64_t block) {
+    return static_cast<const uint8_t*>(g.t) + block * g.pairs() * 2 * kBlock;
+  };
+  const auto sums_of = [&](int i) { return reinterpret_cast<int32_t*>(sums + i * apart); };
+  const uint8_t* x = prepared + first * padded(g);
+  for (int i = 0; i < blocks.count && tokens <= kTile; ++i) {
+    multiply_few(g, codes_of(blocks.at[i]), t_of(blocks.at[i]), x, operands, sums_of(i));
+  }
+  constexpr int64_t most = kColumnsTogether;
+  for (int64_t k = 0; k < padded(g) && tokens > kTile; k += most, x += most * kTile) {
+    const int64_t columns = padded(g) - k < most ? padded(g) - k : most;
+    const bool end = k + columns == padded(g);
+    for (int i = 0; i < blocks.count; ++i) {
+      unpack_signed(g, codes_of(blocks.at[i]), t_of(blocks.at[i]), k, columns, operands);
+      // What comes next is fetched while the tokens are multiplied, some lines a step.
+      const bool last = i + 1 == blocks.count;
+      const int64_t next = !last ? blocks.at[i + 1] : end ? blocks.next : blocks.at[0];
+      Fetch fetch = {};
+      if (next >= 0 && tokens < kManyTokens) {
+        const int64_t steps = (tokens + kTile - 1) / kTile * (columns / kStep);
+        fetch.line = codes_of(next) + (!last ? k : end ? 0 : k + most) / 4 * 2 * kBlock;
+        fetch.left = columns / 2;
+        fetch.at_once = (fetch.left + steps - 1) / steps;
+      }
+      multiply_many(tokens, x, kTile * padded(g), operands, columns, k == 0, fetch, sums_of(i));
+    }
+  }
+  written(sums);
+}
+
+constexpr Kernels amx_kernels() {
+  Kernels kernels = int8_kernels();
+  kernels.blocks = 4;
+  kernels.most_tokens = amx_most_tokens;
+  kernels.token_bytes = amx_token_bytes;
+  kernels.scratch_bytes = amx_scratch_bytes;
+  kernels.prepare = amx_prepare;
+  kernels.multiply = amx_multiply;
+  return kernels;
+}
+
+}  // namespace
+
+const Kernels kInt8Amx = amx_kernels();
+
+}  // namespace quant

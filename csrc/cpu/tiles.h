@@ -1,0 +1,59 @@
+// AMX's tile registers 0 .. 3 as sums: four tiles of 16 x 16 numbers of 32 bits.
+#ifndef QUANT_TILES_H_
+#define QUANT_TILES_H_
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace quant {
+namespace {
+
+// GCC's intrinsics do not say which memory they read: what was written before is there from here on.
+inline void written(const void* p) { asm volatile("" : : "r"(p) : "memory"); }
+
+// The tile registers of a thread, with 16 rows of so many bytes each, while this object lives.
+struct Tiles {
+  explicit Tiles(const uint16_t (&bytes)[8]) {
+    struct alignas(64) {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t bytes[16] = {};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } config;
+    for (int tile = 0; tile < 8; ++tile) config.bytes[tile] = bytes[tile];
+    written(&config);
+    _tile_loadconfig(&config);
+  }
+  ~Tiles() { _tile_release(); }
+  Tiles(const Tiles&) = delete;
+  Tiles& operator=(const Tiles&) = delete;
+};
+
+inline void zero_tiles() {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+}
+
+// Tiles lie `apart` numbers apart, their rows `row` bytes.
+template <class T>
+inline void load_tiles(const T* sums, int64_t apart, int64_t row) {
+  _tile_loadd(0, sums, row);
+  _tile_loadd(1, sums + apart, row);
+  _tile_loadd(2, sums + 2 * apart, row);
+  _tile_loadd(3, sums + 3 * apart, row);
+}
+
+template <class T>
+inline void store_tiles(T* sums, int64_t apart, int64_t row) {
+  _tile_stored(0, sums, row);
+  _tile_stored(1, sums + apart, row);
+  _tile_stored(2, sums + 2 * apart, row);
+  _tile_stored(3, sums + 3 * apart, row);
+}
+
+}  // namespace
+}  // namespace quant
+
+#endif  // QUANT_TILES_H_
