@@ -11,8 +11,9 @@ every library has its turn, in a shuffled order; a ratio is that of two times of
 are medians over the rounds.
 
 Weights rotate through copies that exceed the last-level cache. INT8 activations are given to our
-kernel and to oneDNN's W8A8; ONNX Runtime and OpenVINO quantize FP32 activations themselves, which
-is part of their time. BF16 is oneDNN with weights packed beforehand, and F.linear as it comes.
+kernel and to oneDNN's W8A8; ONNX Runtime, OpenVINO and ggml quantize FP32 activations themselves,
+which is part of their time. BF16 is oneDNN with weights packed beforehand, and F.linear as it
+comes.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from benchmarks import cpu_peers
+from benchmarks import cpu_peers, ggml_peer
 from benchmarks.timing import first_line
 from quant_kernels import cpu, cpu_gemm, ops
 from quant_kernels.formats import WeightFormat
@@ -182,6 +183,21 @@ def openvino(m: int, n: int, k: int) -> Peer:
     return Peer("OpenVINO dq", run, count)
 
 
+def ggml(kind: str, m: int, n: int, k: int) -> Peer:
+    count, threads = copies(n * k // 2, m), torch.get_num_threads()
+    passes = max(1, 64 // (count * m))  # milliseconds, beside 50 µs to tell its process
+    peer = ggml_peer.start(ggml_peer.Work(kind, m, n, k, count, threads, passes))
+    return Peer(f"ggml {kind} in {peer.buffer}", peer.run, count * passes)
+
+
+def ggml_q4_0(m: int, n: int, k: int) -> Peer:
+    return ggml("Q4_0", m, n, k)
+
+
+def ggml_q4_k(m: int, n: int, k: int) -> Peer:
+    return ggml("Q4_K", m, n, k)
+
+
 PEERS: tuple[Callable[[int, int, int], Peer], ...] = (
     bf16_packed,
     bf16_linear,
@@ -189,6 +205,8 @@ PEERS: tuple[Callable[[int, int, int], Peer], ...] = (
     torch_int_mm,
     onnx_runtime,
     openvino,
+    ggml_q4_0,
+    ggml_q4_k,
 )
 
 
