@@ -4,10 +4,10 @@
 
 First every kernel against the reference (`checks.py`, `trials.py`), in several processes, since
 most of that time is the compiler's; in as many the kernels to be timed are compiled. Then, alone on
-the GPU, its ceilings, the GEMMs of whole models and attention (`gemm.py`, `attention.py`), the most
-important shapes first; what there was no time for is named. All of it runs in processes that may
-die with a kernel (`worker.py`). One JSON; tables, goals and failures are printed. Exit code 1 where
-a check failed.
+the GPU, its ceilings, the GEMMs of whole models and attention (`gemm.py`, `gate_up.py`,
+`attention.py`), the most important shapes first; what there was no time for is named. All of it
+runs in processes that may die with a kernel (`worker.py`). One JSON; tables, goals and failures are
+printed. Exit code 1 where a check failed.
 
     TRITON_INTERPRET=1 python benchmarks/gpu.py --device cpu --check-only --small --json out.json
 
@@ -36,7 +36,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # also with nothing installed
 
-from benchmarks import attention, checks, gemm, trials  # noqa: E402
+from benchmarks import attention, checks, gate_up, gemm, trials  # noqa: E402
 from benchmarks.roofline import COPY_BYTES, PEAK_SIZE, Peaks, measure_peaks  # noqa: E402
 from benchmarks.shapes import CONTEXTS, MODELS, TOKENS, ModelShape  # noqa: E402
 from benchmarks.timing import gpu_state, synchronizer  # noqa: E402
@@ -122,6 +122,7 @@ GOALS = (
     Goal("M >= 2048: x bf16", "gemm", "x_bf16", 1.6, lambda row: row["m"] >= 2048),
     Goal("M >= 2048: x FP8", "gemm", "x_fp8", 0.8, lambda row: row["m"] >= 2048),
     Goal("FFN of 7B and 8B at 16 x 1024 tokens: x bf16", "gemm", "x_bf16", 1.6, _is_ffn),
+    Goal("gate and up with codes: x two ops", "gate_up", "x_apart", 1.0, lambda row: True),
     Goal(
         "decode attention at 16k, batch 16: x SDPA",
         "attention",
@@ -185,6 +186,13 @@ def compile_items(small: bool, device: torch.device) -> list[Item]:
         for shape in gemm.shapes(plan.models)
         for m in tier.tokens
     ]
+    found += [
+        Item(f"{shape.n} x {shape.k}, {m} codes", partial(gate_up.compile_once, shape, m, device))
+        for tier in plan.tiers[:2]
+        for shape in gemm.shapes(plan.models)
+        for m in tier.tokens
+        if gate_up.is_one(shape)
+    ]
     context = plan.tiers[-1].contexts[0]
     for model in plan.attention_models:
         make = partial(attention.prefill_calls, model, context, device)
@@ -205,6 +213,9 @@ def measure_items(small: bool, device: torch.device) -> list[Item]:
             for m in tier.tokens:
                 key = f"gemm: {shape.names[0]} [{m}, {shape.k}] x [{shape.n}, {shape.k}]"
                 found.setdefault(key, Item(key, partial(gemm.measure_gemm, shape, m, device)))
+            for m in tier.tokens if gate_up.is_one(shape) else ():
+                key = f"gate_up: {shape.names[0]} [{m}, {shape.k}] x [{shape.n}, {shape.k}]"
+                found.setdefault(key, Item(key, partial(gate_up.measure_gate_up, shape, m, device)))
         for model in plan.attention_models:
             for context in tier.contexts:
                 key = f"prefill: {model.name} {context}"
@@ -282,17 +293,17 @@ def run_measurements(args: argparse.Namespace, directory: Path, deadline: float)
     """Peaks and tables; rows have their rates, and failures a row of their own in "failed"."""
     log = directory / "measure.jsonl"
     records = supervise(_command(args, "measure", log, deadline), log, deadline)
-    tables: dict[str, list[dict[str, Any]]] = {"gemm": [], "attention": []}
+    tables: dict[str, list[dict[str, Any]]] = {"gemm": [], "gate_up": [], "attention": []}
     failed = {key: record["error"] for key, record in records.items() if "error" in record}
     peaks = records.pop("peaks", {}).get("result")
     for key, record in records.items():
         for row in record.get("result") or []:
-            tables["gemm" if key.startswith("gemm") else "attention"].append(row)
+            op = key.partition(":")[0]
+            tables[op if op in tables else "attention"].append(row)
             if "error" in row:
                 failed[f"{key} {_label(row)}".strip()] = row["error"]
-    for rows in tables.values():
-        if peaks:
-            gemm.add_rates(rows, Peaks(**peaks))
+    for name in ("gemm", "attention") if peaks else ():
+        gemm.add_rates(tables[name], Peaks(**peaks))
     planned = [item.key for item in measure_items(args.small, torch.device(args.device))]
     skipped = [key for key in planned if key not in records and key != "peaks"]
     return {"peaks": peaks, **tables, "failed": failed, "skipped": skipped, "goals": goals(tables)}
@@ -314,7 +325,8 @@ def print_checks(found: dict[str, Any]) -> int:
 
 def print_measurements(found: dict[str, Any]) -> None:
     """Tables, what failed, what was left out, and the goals last."""
-    print(f"\n{gemm.markdown(found['gemm'])}\n{attention.markdown(found['attention'])}")
+    print(f"\n{gemm.markdown(found['gemm'])}\n{gate_up.markdown(found['gate_up'])}")
+    print(attention.markdown(found["attention"]))
     _print_errors("failed measurements", found["failed"])
     if found["skipped"]:
         print(f"\nno time for {len(found['skipped'])} shapes, {found['skipped'][0]} the first")

@@ -92,6 +92,8 @@ def gemm_trials(scheme: str, small: bool) -> list[Trial]:
             for m in (16, 2048, 1, 128)
             for i, (n, k) in enumerate(linears)
         ]
+        n, k = MODELS[0].linears["gate_up"]
+        found += [_gemm_trial(fmt, m, n, k, 0, silu=True) for m in (16, 1, 257)]
         make = partial(_streams, fmt, *MODELS[0].linears["o"])
         found.append(Trial(f"gemm_{scheme}", f"two streams at once {fmt.label}", make))
     for i, (m, n, k) in enumerate(shapes, start=2):
@@ -178,13 +180,16 @@ def _activation(
     return Call(fresh, call, judge)
 
 
-def _gemm_trial(fmt: WeightFormat, m: int, n: int, k: int, variant: int) -> Trial:
+def _gemm_trial(
+    fmt: WeightFormat, m: int, n: int, k: int, variant: int, silu: bool = False
+) -> Trial:
     out, bias = DTYPES[variant % 3], variant % 2 == 1
-    silu = n < 1024 and variant // 3 % 4 == 0
+    silu = silu or (n < 1024 and variant // 3 % 4 == 0)
+    quantized = silu and variant // 12 % 2 == 0
     residual = not silu and variant // 2 % 2 == 1
     label = f"[{m}, {k}] x [{n}, {k}] {fmt.label} to {_name(out)}"
-    label += " bias" * bias + " residual" * residual + " silu" * silu
-    make = partial(_gemm, fmt, m, n, k, out, bias, residual, silu)
+    label += " bias" * bias + " residual" * residual + " silu" * silu + " codes" * quantized
+    make = partial(_gemm, fmt, m, n, k, out, bias, residual, silu, quantized)
     # Backend cutlass takes a gate of whole fragments of 64 rows.
     return Trial(f"gemm_{fmt.scheme}", label, make, everywhere=not silu or n % 128 == 0)
 
@@ -198,6 +203,7 @@ def _gemm(
     with_bias: bool,
     with_residual: bool,
     silu: bool,
+    quantized: bool,
     device: torch.device,
 ) -> Call:
     generator = torch.Generator(device).manual_seed(m * 31 + n * 7 + k)
@@ -217,10 +223,22 @@ def _gemm(
         weight, workspace = prepared(backend)
         ops.gemm(
             codes, scale, weight, out["out"], bias=bias, residual=residual, silu_mul=silu,
-            backend=backend, workspace=workspace,
+            codes=out.get("codes"), scale=out.get("scale"), backend=backend, workspace=workspace,
         )  # fmt: skip
 
+    def fresh() -> Outputs:
+        made = {"out": poison((m, columns), dtype, device)}
+        if quantized:
+            made["codes"] = poison((m, columns), codes.dtype, device)
+            made["scale"] = poison((m, 1), torch.float32, device)
+        return made
+
     def judge(_: Outputs, found: Outputs) -> Figures:
+        if quantized:
+            mine = {name: x.cpu() for name, x in found.items()}
+            # By the CPU: on a GPU, torch divides by 448 and by 127 with their rounded reciprocals.
+            right = reference.quantize_activation(mine["out"], fmt.activation)
+            same_bits("the output quantized", {"codes": right[0], "scale": right[1]}, mine)
         y = reference.gemm(codes, scale, packed, bias, torch.float32, residual)
         weight = reference.expand(packed)
         magnitudes = codes.float().abs() @ weight.operand.float().abs().T
@@ -241,7 +259,7 @@ def _gemm(
             "metric": metric("out", y, found["out"], accumulated + ROUNDING[dtype] ** 2 + 1e-10),
         }
 
-    return Call(lambda: {"out": poison((m, columns), dtype, device)}, call, judge)
+    return Call(fresh, call, judge)
 
 
 def _streams(fmt: WeightFormat, n: int, k: int, device: torch.device) -> Call:

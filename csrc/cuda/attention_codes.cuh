@@ -11,6 +11,7 @@
 #include <cmath>
 
 #include "cuda/attention_params.h"
+#include "cuda/bits.cuh"
 #include "cuda/convert.cuh"
 
 namespace quant {
@@ -43,17 +44,6 @@ QUANT_DEVICE uint32_t halves_of_high(uint32_t bytes) {
 }
 
 // --- numbers ---
-QUANT_DEVICE uint32_t bits_of(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
-QUANT_DEVICE float float_of(uint32_t bits) {
-  float x;
-  memcpy(&x, &bits, sizeof x);
-  return x;
-}
-QUANT_DEVICE float infinity() { return float_of(0x7F800000); }
 QUANT_DEVICE float low_half(uint32_t pair) { return to_float(Fp16{static_cast<uint16_t>(pair)}); }
 QUANT_DEVICE float high_half(uint32_t pair) {
   return to_float(Fp16{static_cast<uint16_t>(pair >> 16)});

@@ -145,7 +145,7 @@ const char* quant_cuda_error_string(int status) {
     case QUANT_CUDA_BAD_SHAPE:
       return "no kernel takes this shape or these types";
     case QUANT_CUDA_BAD_ALIGNMENT:
-      return "an address or the activations' stride is not a multiple of 16";
+      return "an address or a stride is not a multiple of 16";
     case QUANT_CUDA_NO_KERNEL:
       return "no kernel has this kind, group size, tile and cluster";
     case QUANT_CUDA_SMALL_WORKSPACE:

@@ -229,10 +229,24 @@ struct Consumer {
       const int vectors = p.silu_mul ? kFragmentRows / 4 : kTileRows / 4;
       for (int i = thread; i < C::kChunk * vectors; i += kConsumers) {
         const int token = first_token + i / vectors, row = i % vectors * 4;
+        uint32_t top = 0;
         if (token < p.tokens) {
-          store_rows(p, C::kUnit, staging + i / vectors * C::kPitch + row, row_tile, row, token);
+          const Sum* sums = staging + i / vectors * C::kPitch + row;
+          top = store_rows(p, C::kUnit, sums, row_tile, row, token);
         }
+        if (p.maxima != nullptr) store_maximum(top, row_tile, token);
       }
+    }
+  }
+  // Half a warp has the rows of a token.
+  QUANT_DEVICE void store_maximum(uint32_t top, int row_tile, int token) const {
+    constexpr int kLanes = kFragmentRows / 4;
+    QUANT_UNROLL for (int mask = kLanes / 2; mask > 0; mask /= 2) {
+      top = larger(top, shuffle_xor(top, mask));
+    }
+    const int tiles = p.fragments / 2;  // a cluster's last one may have no rows
+    if (thread % kLanes == 0 && token < p.tokens && row_tile < tiles) {
+      p.maxima[int64_t{1} * token * tiles + row_tile] = top;
     }
   }
 

@@ -23,7 +23,8 @@
 //
 // `exact` adds group sums in FP32: then the MMAs of a group start at zero, and kTokens is at most
 // 128, for the second accumulator. The work of blocks is in schedule.h; sums of split tiles
-// meet in the L2, in the order of K.
+// meet in the L2, in the order of K. Behind it may run what quantizes silu(gate) * up
+// (quantize_kernel.cuh).
 #pragma once
 
 #include "cuda/gemm_consumer.cuh"

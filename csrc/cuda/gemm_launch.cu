@@ -1,6 +1,7 @@
 #include "cuda/device.h"
 #include "cuda/gemm_launch.h"
 #include "cuda/gemm_plan.h"
+#include "cuda/quantize_kernel.cuh"
 #include "quant_cuda.h"
 
 namespace quant {
@@ -15,6 +16,12 @@ const void* kernel_of(const QuantCudaGemm& g) {
       find_kernel<Kind::lut>,          find_kernel<Kind::lut_8>,
       find_kernel<Kind::exact>,        find_kernel<Kind::exact_8>};
   return kFind[g.kind](g.group_size, g.tile_tokens, g.cluster);
+}
+
+const void* quantize_kernel_of(Type type) {
+  return type == Type::bf16   ? reinterpret_cast<const void*>(quantize_kernel<Bf16>)
+         : type == Type::fp16 ? reinterpret_cast<const void*>(quantize_kernel<Fp16>)
+                              : reinterpret_cast<const void*>(quantize_kernel<float>);
 }
 
 int start(const QuantCudaGemm& g, int device, cudaStream_t stream) {
@@ -38,8 +45,14 @@ int start(const QuantCudaGemm& g, int device, cudaStream_t stream) {
   if (kernel == nullptr) return QUANT_CUDA_NO_KERNEL;
   if (const int status = allow_shared_memory(kernel, device, kGemmSharedBytes)) return status;
   void* arguments[] = {&p, &x};
-  return launch(kernel, p.schedule.workers * g.cluster, kGemmThreads, g.cluster, kGemmSharedBytes,
-                arguments, stream);
+  const int blocks = p.schedule.workers * g.cluster;
+  const int status =
+      launch(kernel, blocks, kGemmThreads, g.cluster, kGemmSharedBytes, arguments, stream);
+  if (status || p.maxima == nullptr) return status;
+  QuantizeParams q = plan_quantize(g, p);
+  void* its_arguments[] = {&q};
+  return launch(quantize_kernel_of(p.out_type), static_cast<int>(quantize_blocks(g)),
+                kQuantizeThreads, 1, 0, its_arguments, stream);
 }
 
 }  // namespace
@@ -50,7 +63,7 @@ int quant_cuda_gemm_check(const QuantCudaGemm* gemm) {
 }
 
 int64_t quant_cuda_gemm_workspace(const QuantCudaGemm* gemm) {
-  return gemm == nullptr ? 0 : quant::partial_bytes(*gemm);
+  return gemm == nullptr ? 0 : quant::workspace_bytes(*gemm);
 }
 
 int quant_cuda_gemm(const QuantCudaGemm* gemm, int device, void* stream) {

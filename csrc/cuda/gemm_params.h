@@ -23,6 +23,7 @@ constexpr int kTileRows = 128;      // of weights, a block (two warpgroups)
 constexpr int kFragmentRows = 64;   // of weights, a warpgroup
 constexpr int kBlockColumns = 128;  // of K, a stage
 constexpr int kFragmentBytes = kFragmentRows * kBlockColumns / 2;
+constexpr int kQuantizeThreads = 256, kQuantizeColumns = 16 * kQuantizeThreads;  // of a block
 
 enum class Type : int { fp32, bf16, fp16 };
 
@@ -43,6 +44,21 @@ struct GemmParams {
   Schedule schedule;
   void* partials;   // [workers, kTileRows * tile tokens] sums, where tiles are split
   uint32_t* flags;  // [workers], zeros between launches
+  // With silu_mul, or null: [tokens, fragments / 2], the largest `magnitude` that each row tile has
+  // of a token, before the output's rounding.
+  uint32_t* maxima;
+};
+
+// What the kernel behind a GEMM is told, that quantizes its output (quantize_kernel.cuh).
+struct QuantizeParams {
+  const void* h;           // [tokens, columns] of type T
+  const uint32_t* maxima;  // [tokens, tiles]
+  void* codes;             // [tokens, columns], E4M3 or INT8
+  float* scale;            // [tokens]
+  int64_t h_stride, codes_stride, scale_stride;
+  int columns, tiles;
+  int parts;  // blocks of a token
+  int int8;
 };
 
 }  // namespace quant

@@ -9,6 +9,7 @@ namespace quant {
 
 constexpr int64_t kMostTokens = int64_t{1} << 24, kMostRows = 1 << 24, kMostColumns = 1 << 20;
 constexpr int kMostWorkers = 160;  // blocks of a launch: Hoppers have 132 multiprocessors at most
+constexpr int64_t kMostBlocks = 0x7FFFFFFF;  // of a grid
 
 // Kinds without groups are listed at 128. Sums of exact take a second accumulator, so 128 tokens
 // at most; clusters share X, which is worth it from 64 tokens on.
@@ -32,6 +33,12 @@ inline bool aligned(const void* pointer, int64_t bytes) {
 inline int64_t partial_bytes(const QuantCudaGemm& g) {
   return g.split ? int64_t{4} * g.workers * g.cluster * kTileRows * g.tile_tokens : 0;
 }
+inline int64_t workspace_bytes(const QuantCudaGemm& g) {
+  return partial_bytes(g) + (g.out_codes ? int64_t{4} * g.tokens * (g.rows / kTileRows) : 0);
+}
+inline int64_t quantize_blocks(const QuantCudaGemm& g) {
+  return g.tokens * ceil_div(g.rows / 2, kQuantizeColumns);
+}
 
 inline int check(const QuantCudaGemm& g) {
   if (!has_kernel(g.kind, g.group_size, g.tile_tokens, g.cluster)) return QUANT_CUDA_NO_KERNEL;
@@ -43,20 +50,29 @@ inline int check(const QuantCudaGemm& g) {
   if (g.silu_mul && (g.rows % (2 * kFragmentRows) != 0 || g.residual != nullptr)) {
     return QUANT_CUDA_BAD_SHAPE;
   }
+  if (g.out_codes && (!g.silu_mul || quantize_blocks(g) > kMostBlocks)) return QUANT_CUDA_BAD_SHAPE;
   const auto type = [](int value) { return value >= QUANT_CUDA_FP32 && value <= QUANT_CUDA_FP16; };
   if (!type(g.out_type) || !type(g.bias_type) || !type(g.residual_type))
     return QUANT_CUDA_BAD_SHAPE;
+  if (g.out_codes_type != QUANT_CUDA_E4M3 && g.out_codes_type != QUANT_CUDA_INT8) {
+    return QUANT_CUDA_BAD_SHAPE;
+  }
   const bool many = g.workers * g.cluster > kMostWorkers;
   if (g.workers < 1 || many || (g.split && g.tile_tokens > 128)) return QUANT_CUDA_NO_KERNEL;
   if (!g.x || !g.x_scale || !g.codes || (grouped && !g.t) || !g.c || !g.out) {
     return QUANT_CUDA_NULL_POINTER;
   }
-  if (g.split && !g.workspace) return QUANT_CUDA_NULL_POINTER;
+  if (!g.out_codes != !g.out_scale) return QUANT_CUDA_NULL_POINTER;
+  if (workspace_bytes(g) > 0 && !g.workspace) return QUANT_CUDA_NULL_POINTER;
   if (!aligned(g.x, 16) || g.x_stride % 16 != 0 || g.x_stride < g.columns ||
       !aligned(g.codes, 16) || (grouped && !aligned(g.t, 16)) || !aligned(g.workspace, 16)) {
     return QUANT_CUDA_BAD_ALIGNMENT;
   }
-  return g.workspace_bytes < partial_bytes(g) ? QUANT_CUDA_SMALL_WORKSPACE : QUANT_CUDA_OK;
+  if (g.out_codes && (!aligned(g.out, 16) || g.out_stride % 16 != 0 || !aligned(g.out_codes, 16) ||
+                      g.out_codes_stride % 16 != 0)) {
+    return QUANT_CUDA_BAD_ALIGNMENT;
+  }
+  return g.workspace_bytes < workspace_bytes(g) ? QUANT_CUDA_SMALL_WORKSPACE : QUANT_CUDA_OK;
 }
 
 // After `check`. Rows come in fours, aligned, where every address and stride allows it.
@@ -97,7 +113,27 @@ inline GemmParams plan(const QuantCudaGemm& g, uint32_t* flags) {
   if (!g.split && p.schedule.workers > p.schedule.tiles()) p.schedule.workers = p.schedule.tiles();
   p.partials = g.workspace;
   p.flags = flags;
+  if (g.out_codes != nullptr) {
+    p.maxima = reinterpret_cast<uint32_t*>(static_cast<char*>(g.workspace) + partial_bytes(g));
+  }
   return p;
+}
+
+// After `plan`, where the output is quantized.
+inline QuantizeParams plan_quantize(const QuantCudaGemm& g, const GemmParams& p) {
+  QuantizeParams q{};
+  q.h = g.out;
+  q.maxima = p.maxima;
+  q.codes = g.out_codes;
+  q.scale = g.out_scale;
+  q.h_stride = g.out_stride;
+  q.codes_stride = g.out_codes_stride;
+  q.scale_stride = g.out_scale_stride;
+  q.columns = p.rows / 2;
+  q.tiles = p.fragments / 2;
+  q.parts = ceil_div(q.columns, kQuantizeColumns);
+  q.int8 = g.out_codes_type == QUANT_CUDA_INT8;
+  return q;
 }
 
 }  // namespace quant

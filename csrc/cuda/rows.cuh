@@ -2,8 +2,8 @@
 // way.
 #pragma once
 
+#include "cuda/bits.cuh"
 #include "cuda/gemm_params.h"
-#include "cuda/sm90.cuh"
 
 namespace quant {
 
@@ -79,16 +79,18 @@ QUANT_DEVICE void scale_rows(const GemmParams& p, float unit, const Sum* sums, f
 }
 
 // sums: of rows row .. row + 3 of a tile and one token. silu_mul: `row` is of the gate, and up lies
-// kFragmentRows further.
+// kFragmentRows further. Returns, with silu_mul, the largest `magnitude` before the output's
+// rounding.
 template <class Sum>
-QUANT_DEVICE void store_rows(const GemmParams& p, float unit, const Sum* sums, int row_tile,
-                             int row, int token) {
+QUANT_DEVICE uint32_t store_rows(const GemmParams& p, float unit, const Sum* sums, int row_tile,
+                                 int row, int token) {
   const float a = p.x_scale[token * p.x_scale_stride];
   const int limit = p.silu_mul ? p.rows / 2 : p.rows;
   const int n = row_tile * (p.silu_mul ? kFragmentRows : kTileRows) + row;
   const int count = limit - n < 4 ? limit - n : 4;
-  if (count <= 0) return;
+  if (count <= 0) return 0;
   float y[4];
+  uint32_t top = 0;
   scale_rows(p, unit, sums, a, n, count, y);
   if (p.silu_mul) {
     float up[4];
@@ -96,6 +98,7 @@ QUANT_DEVICE void store_rows(const GemmParams& p, float unit, const Sum* sums, i
     QUANT_UNROLL for (int i = 0; i < 4; ++i) {
       constexpr float kLog2E = 1.4426950408889634f;
       y[i] = y[i] / (1.0f + exponential2(-kLog2E * y[i])) * up[i];
+      top = larger(top, magnitude(y[i]));  // whose rows come in whole fours
     }
   } else if (p.residual != nullptr) {
     float residual[4];
@@ -111,6 +114,7 @@ QUANT_DEVICE void store_rows(const GemmParams& p, float unit, const Sum* sums, i
   } else {
     store_four<float>(p.out, at, count, p.vectors, y);
   }
+  return top;
 }
 
 }  // namespace quant

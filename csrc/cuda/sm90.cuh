@@ -226,6 +226,7 @@ QUANT_DEVICE float exponential2(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+QUANT_DEVICE float divide(float a, float b) { return __fdiv_rn(a, b); }  // rounded correctly
 // Within 2^-23 of itself.
 QUANT_DEVICE float reciprocal(float x) {
   float y;
@@ -239,6 +240,8 @@ QUANT_DEVICE uint32_t to_e4m3(float a, float b, float c, float d) {
   asm("cvt.rn.satfinite.e4m3x2.f32 %0, %2, %1;" : "=h"(high) : "f"(c), "f"(d));
   return low | static_cast<uint32_t>(high) << 16;
 }
+// To nearest, ties to even; saturating, and 0 for NaN.
+QUANT_DEVICE int to_integer(float x) { return __float2int_rn(x); }
 struct Bf16 {
   uint16_t bits;
 };

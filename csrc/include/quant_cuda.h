@@ -9,7 +9,7 @@
 #define QUANT_CUDA_API __attribute__((visibility("default")))
 
 // Goes up with every change that an already built caller would notice.
-#define QUANT_CUDA_ABI_VERSION 4
+#define QUANT_CUDA_ABI_VERSION 5
 
 #include <stdint.h>
 
@@ -43,6 +43,7 @@ enum QuantCudaKind {
   QUANT_CUDA_EXACT_8,
 };
 enum QuantCudaType { QUANT_CUDA_FP32, QUANT_CUDA_BF16, QUANT_CUDA_FP16 };
+enum QuantCudaCodes { QUANT_CUDA_E4M3, QUANT_CUDA_INT8 };
 
 // Y [tokens, rows] = X [tokens, columns] W^ [rows, columns]^T (cuda/gemm_kernel.cuh has the
 // mathematics). Strides count elements, of the first dimension; the last one is contiguous.
@@ -55,11 +56,16 @@ typedef struct {
   const void* bias;      // or null
   const void* residual;  // or null; may be out
   void* out;             // [tokens, rows / 2] with silu_mul, whose weight is the gate, then up
-  void* workspace;       // quant_cuda_gemm_workspace bytes, aligned to 16
+  // Both or neither, with silu_mul: out [tokens, rows / 2] quantized, with a scale a token.
+  // Addresses and strides of out and out_codes are multiples of 16 then.
+  void* out_codes;
+  float* out_scale;
+  void* workspace;  // quant_cuda_gemm_workspace bytes, aligned to 16; whatever they hold
   int64_t tokens, rows, columns;
-  int64_t x_stride, x_scale_stride, residual_stride, out_stride, workspace_bytes;
+  int64_t x_stride, x_scale_stride, residual_stride, out_stride, out_codes_stride, out_scale_stride;
+  int64_t workspace_bytes;
   int kind, group_size;  // 32, 64 or 128; 128 where there are no groups
-  int bias_type, residual_type, out_type;
+  int bias_type, residual_type, out_type, out_codes_type;
   int silu_mul;
   // Tiles of 128 rows by tile_tokens, shared by clusters of `cluster` blocks; `workers` clusters
   // take them whole, or in equal parts of K where split is 1 (cuda/schedule.h).
@@ -69,10 +75,11 @@ typedef struct {
 // Whether a kernel takes these arguments, and why not: no driver is asked, no pointer followed.
 QUANT_CUDA_API int quant_cuda_gemm_check(const QuantCudaGemm* gemm);
 
-// Bytes of workspace of these tiles; 0 where tiles are whole.
+// Bytes of workspace: sums of split tiles, and maxima of a token where out is quantized.
 QUANT_CUDA_API int64_t quant_cuda_gemm_workspace(const QuantCudaGemm* gemm);
 
-// Starts the GEMM on a device and its stream; returns before it ends.
+// Starts the GEMM, and what quantizes its output, on a device and its stream; returns before they
+// end.
 QUANT_CUDA_API int quant_cuda_gemm(const QuantCudaGemm* gemm, int device, void* stream);
 
 // Attention over the paged INT4 cache (cuda/prefill_kernel.cuh and cuda/decode_kernel.cuh have the

@@ -43,9 +43,13 @@ def gemm(
     residual: Tensor | None,
     silu_mul: bool,
     workspace: Tensor | None,
+    codes: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> None:
     y = reference.gemm(x_codes, x_scale, weight, bias, torch.float32, residual)
     out.copy_(reference.silu_mul(y) if silu_mul else y)
+    if codes is not None and scale is not None:
+        quantize_activation(out, codes, scale)
 
 
 def linear(x: Tensor, weight: Tensor, out: Tensor) -> None:

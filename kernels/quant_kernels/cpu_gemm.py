@@ -14,6 +14,7 @@ from torch import Tensor
 
 from quant_kernels import cpu, native
 from quant_kernels.cpu import isa, isas, set_isa
+from quant_kernels.cpu_activation import quantize_activation
 from quant_kernels.packing import BlockedWeight
 
 __all__ = ["gemm", "isa", "isas", "set_isa"]
@@ -31,6 +32,8 @@ def gemm(
     residual: Tensor | None,
     silu_mul: bool,
     workspace: Tensor | None,
+    codes: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> None:
     """As `ops.gemm`, on `torch.get_num_threads()` threads; needs no workspace."""
     library, fmt = _library(), weight.fmt
@@ -51,6 +54,8 @@ def gemm(
             f"gemm of x_codes [{m}, {k}] and a {fmt.label} weight {list(weight.shape)}: {reason}; "
             f"this machine has {', '.join(isas())} (argument of set_isa, or $QUANT_CPU_ISA)"
         )
+    if codes is not None and scale is not None:
+        quantize_activation(out, codes, scale)
 
 
 @functools.cache

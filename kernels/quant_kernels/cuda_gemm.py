@@ -15,6 +15,7 @@ from quant_kernels.fragments import FragmentWeight
 from quant_kernels.registration import OpError
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # QuantCudaType
+CODE_TYPES = {torch.float8_e4m3fn: 0, torch.int8: 1}  # QuantCudaCodes
 WHOLE_GROUP = 128  # what kernels without groups are listed under
 
 
@@ -23,13 +24,14 @@ class Gemm(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in (
-            "x", "x_scale", "codes", "t", "c", "bias", "residual", "out", "workspace")),
+            "x", "x_scale", "codes", "t", "c", "bias", "residual", "out", "out_codes",
+            "out_scale", "workspace")),
         *((name, ctypes.c_int64) for name in (
             "tokens", "rows", "columns", "x_stride", "x_scale_stride", "residual_stride",
-            "out_stride", "workspace_bytes")),
+            "out_stride", "out_codes_stride", "out_scale_stride", "workspace_bytes")),
         *((name, ctypes.c_int) for name in (
-            "kind", "group_size", "bias_type", "residual_type", "out_type", "silu_mul",
-            "tile_tokens", "cluster", "workers", "split")),
+            "kind", "group_size", "bias_type", "residual_type", "out_type", "out_codes_type",
+            "silu_mul", "tile_tokens", "cluster", "workers", "split")),
     )  # fmt: skip
 
 
@@ -42,6 +44,8 @@ def gemm(
     residual: Tensor | None,
     silu_mul: bool,
     workspace: Tensor | None,
+    codes: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> None:
     """As `ops.gemm`, in the configuration that `cuda_tuning.choose` names."""
     device = x_codes.device
@@ -50,7 +54,7 @@ def gemm(
         return
     case = case_of(weight, cuda_tuning.bucket_of(tokens), silu_mul)
     config = cuda_tuning.choose(case, tokens, multiprocessors(device))
-    run(config, x_codes, x_scale, weight, out, bias, residual, silu_mul, workspace)
+    run(config, x_codes, x_scale, weight, out, bias, residual, silu_mul, workspace, codes, scale)
 
 
 def run(
@@ -63,6 +67,8 @@ def run(
     residual: Tensor | None,
     silu_mul: bool,
     workspace: Tensor | None,
+    codes: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> None:
     """`gemm` in a given configuration.
 
@@ -70,7 +76,9 @@ def run(
     too small.
     """
     device = x_codes.device
-    arguments = describe(config, x_codes, x_scale, weight, out, bias, residual, silu_mul, workspace)
+    arguments = describe(
+        config, x_codes, x_scale, weight, out, bias, residual, silu_mul, workspace, codes, scale
+    )
     stream = torch.cuda.current_stream(device).cuda_stream
     status = _library().quant_cuda_gemm(ctypes.byref(arguments), device.index, stream)
     if status:
@@ -91,6 +99,8 @@ def describe(
     residual: Tensor | None,
     silu_mul: bool,
     workspace: Tensor | None,
+    codes: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> Gemm:
     """The call's arguments as the library takes them."""
 
@@ -101,17 +111,21 @@ def describe(
     return Gemm(
         x=address(x_codes), x_scale=address(x_scale), codes=address(weight.codes),
         t=address(weight.t), c=address(weight.c), bias=address(bias), residual=address(residual),
-        out=address(out), workspace=address(workspace),
+        out=address(out), out_codes=address(codes), out_scale=address(scale),
+        workspace=address(workspace),
         tokens=len(x_codes), rows=rows, columns=columns, x_stride=x_codes.stride(0),
         x_scale_stride=x_scale.stride(0),
         residual_stride=0 if residual is None else residual.stride(0),
         out_stride=out.stride(0),
+        out_codes_stride=0 if codes is None else codes.stride(0),
+        out_scale_stride=0 if scale is None else scale.stride(0),
         workspace_bytes=0 if workspace is None else workspace.numel() * workspace.element_size(),
         kind=KINDS.index(kind_of(weight)),
         group_size=WHOLE_GROUP if fmt.per_channel else fmt.group_size,
         bias_type=0 if bias is None else TYPES[bias.dtype],
         residual_type=0 if residual is None else TYPES[residual.dtype],
-        out_type=TYPES[out.dtype], silu_mul=silu_mul,
+        out_type=TYPES[out.dtype],
+        out_codes_type=0 if codes is None else CODE_TYPES[codes.dtype], silu_mul=silu_mul,
         tile_tokens=config.tile_tokens, cluster=config.cluster, workers=config.workers,
         split=config.split,
     )  # fmt: skip
@@ -136,13 +150,14 @@ def workspace_bytes(device: torch.device, gemms: Sequence[tuple[int, int]], max_
     """Bytes that `gemm` asks for with weights [n, k] of any format and up to max_tokens tokens."""
     sms, most = multiprocessors(device), 0
     for n, k in gemms:
+        maxima = maxima_bytes(max_tokens, n)  # of any weight: whose is a gate's is not said
         for bucket in BUCKETS:
             for kind in KINDS:
                 for group in (32, 64, 128):
                     for silu_mul in (False, True):
                         case = Case(kind, group, bucket, n, k, silu_mul)
                         config = cuda_tuning.choose(case, max(bucket, max_tokens), sms)
-                        most = max(most, needed_bytes(config))
+                        most = max(most, needed_bytes(config) + maxima)
             if bucket >= max_tokens:
                 break
     return most
@@ -152,6 +167,11 @@ def needed_bytes(config: Config) -> int:
     """Bytes of the sums of split tiles."""
     blocks = config.workers * config.cluster
     return 4 * blocks * cuda_tuning.TILE_ROWS * config.tile_tokens if config.split else 0
+
+
+def maxima_bytes(tokens: int, n: int) -> int:
+    """Bytes of the maxima of tokens, where the output of gate and up [n, k] is quantized."""
+    return 4 * tokens * (n // cuda_tuning.TILE_ROWS)
 
 
 @functools.cache

@@ -74,6 +74,8 @@ def gemm(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     silu_mul: bool = False,
+    codes: Tensor | None = None,
+    scale: Tensor | None = None,
     workspace: Tensor | None = None,
     backend: str = "",
 ) -> None:
@@ -82,7 +84,8 @@ def gemm(
     x_codes [M, K], x_scale [M, 1] FP32; weight [N, K] in the backend's layout (`prepare`); bias
     [N]; residual [M, N], which may be `out`. silu_mul: the weight's first half of rows is the gate,
     the second up, and out [M, N / 2] is silu(gate) * up, both FP32 before it; no residual then.
-    workspace: see `workspace_bytes`.
+    codes [M, N / 2], scale [M, 1] FP32, both or neither, with silu_mul: they become what
+    `quantize_activation` makes of out, bit for bit. workspace: see `workspace_bytes`.
     """
     fmt = weight.fmt
     if isinstance(weight, PackedWeight):
@@ -91,7 +94,7 @@ def gemm(
         parts = (weight.codes, weight.t, weight.c)
     call(
         f"gemm_{fmt.scheme}", x_codes, x_scale, *parts, fmt.group_size, fmt.numerics, out,
-        bias, residual, silu_mul, workspace, backend,
+        bias, residual, silu_mul, codes, scale, workspace, backend,
     )  # fmt: skip
 
 

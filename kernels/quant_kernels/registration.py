@@ -79,6 +79,8 @@ def _gemm(scheme: str) -> Callable[..., None]:
         bias: Tensor | None,
         residual: Tensor | None,
         silu_mul: bool,
+        out_codes: Tensor | None,
+        out_scale: Tensor | None,
         workspace: Tensor | None,
         backend: str,
     ) -> None:
@@ -96,6 +98,11 @@ def _gemm(scheme: str) -> Callable[..., None]:
             expect(op, "bias", bias, (rows,), FLOATS)
         if residual is not None:
             expect(op, "residual", residual, (m, rows), FLOATS)
+        if (out_codes is None) != (out_scale is None) or (out_codes is not None and not silu_mul):
+            raise OpError(f"{op}: codes and scale of the output come together, and with silu_mul")
+        if out_codes is not None and out_scale is not None:
+            expect(op, "codes", out_codes, tuple(out.shape), CODES)
+            expect(op, "scale", out_scale, (m, 1), (torch.float32,))
         module = backend_for(op, x_codes.device, backend)
         if not isinstance(weight, module.WEIGHT):
             raise OpError(
@@ -103,7 +110,10 @@ def _gemm(scheme: str) -> Callable[..., None]:
                 f"the {module.WEIGHT.LAYOUT} layout that backend {module.NAME!r} reads; make it "
                 f"with ops.prepare(weight, backend={module.NAME!r}) from the checkpoint's"
             )
-        module.gemm(x_codes, x_scale, weight, out, bias, residual, silu_mul, workspace)
+        module.gemm(
+            x_codes, x_scale, weight, out, bias, residual, silu_mul, workspace,
+            out_codes, out_scale,
+        )  # fmt: skip
 
     return run
 
@@ -314,7 +324,7 @@ def _options(op: str, backend: str, **values: float) -> dict[str, float]:
 _GEMM = (
     "(Tensor x_codes, Tensor x_scale, Tensor codes, Tensor t, Tensor c, int group_size, "
     "str numerics, Tensor(a!) out, Tensor? bias, Tensor? residual, bool silu_mul, "
-    "Tensor(b!)? workspace, str backend) -> ()"
+    "Tensor(b!)? out_codes, Tensor(c!)? out_scale, Tensor(d!)? workspace, str backend) -> ()"
 )
 _CACHE = "Tensor q_codes, Tensor q_scale, Tensor kv_codes, Tensor kv_scales, Tensor block_table, "
 _SCHEMAS: dict[str, tuple[str, Callable[..., None]]] = {

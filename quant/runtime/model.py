@@ -7,8 +7,8 @@
       a = attention(rope(z)), into the cache   rope_append, decode_attention, prefill_attention
       h = h + quantize(a) Wo^T                 quantize_activation, gemm with residual
       x = quantize(norm(h))                    rms_norm_quantize
-      g = silu(x Wgate^T) * x Wup^T            gemm with silu_mul
-      h = h + quantize(g) Wdown^T              quantize_activation, gemm with residual
+      g = quantize(silu(x Wgate^T) * x Wup^T)  gemm with silu_mul and codes
+      h = h + g Wdown^T                        gemm with residual
 
 Linears of one input are one weight, in the layout of the backend that multiplies it. Where a
 checkpoint leaves some of them in 16 bits, those see the input before it is quantized, as in
@@ -122,13 +122,18 @@ class Projection:
         else:
             self.parts[0].multiply(given, hidden, workspace, residual=hidden)
 
-    def silu_mul(self, given: Activation, like: Tensor, workspace: Tensor | None) -> Tensor:
-        """The first half of the rows is the gate, the second up: [T, N / 2]."""
+    def silu_mul(
+        self, given: Activation, like: Tensor, following: Projection, workspace: Tensor | None
+    ) -> Activation:
+        """The first half of the rows is the gate, the second up: [T, N / 2] as `following` takes
+        it."""
         if self.is_dense:
-            return silu_mul(self.forward(given, like, workspace))
+            return following.quantize(silu_mul(self.forward(given, like, workspace)))
         out = like.new_empty(len(like), self.rows // 2)
-        self.parts[0].multiply(given, out, workspace, silu_mul=True)
-        return out
+        quantized = following._codes(out)
+        codes, scale = quantized or (None, None)
+        self.parts[0].multiply(given, out, workspace, silu_mul=True, codes=codes, scale=scale)
+        return Activation(out if following.is_dense else None, quantized)
 
     def _codes(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
         """Room for the codes and scales of x [T, K]."""
@@ -194,8 +199,8 @@ class Model:
             cache.attend(index, rows, batch, layer.heads, attended, workspace)
             o.add_to(hidden, o.quantize(attended.flatten(1)), workspace)
             x = gate_up.norm_quantize(hidden, layer.norms[1], cfg.rms_norm_eps)
-            gated = gate_up.silu_mul(x, hidden, workspace)
-            down.add_to(hidden, down.quantize(gated), workspace)
+            gated = gate_up.silu_mul(x, hidden, down, workspace)
+            down.add_to(hidden, gated, workspace)
         return hidden
 
     @torch.inference_mode()

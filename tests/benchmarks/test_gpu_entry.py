@@ -88,7 +88,7 @@ def test_goals_are_counted_per_backend_and_format():
     ]
     other = {**rows[0], "backend": "cutlass", "x_bf16": 3.5}
     small = {**rows[0], "n": 4096, "x_bf16": 0.1}
-    tables = {"gemm": [*rows, other, small], "attention": []}
+    tables = {"gemm": [*rows, other, small], "gate_up": [], "attention": []}
     found = {row["goal"]: row for row in gpu.goals(tables)}
     name = "M <= 16, 30 MB of codes and more: x bf16"
     decode = found[f"{name} triton a"]
@@ -256,6 +256,9 @@ def test_every_op_is_checked_and_timed_in_the_interpreter(tmp_path):
     assert measured["failed"] == {}
     assert len(measured["gemm"]) == 2 * 2  # formats, and a block's distinct linears
     assert {row["op"] for row in measured["attention"]} == {"prefill", "decode"}
+    assert [(row["n"], row["k"]) for row in measured["gate_up"]] == 2 * [(256, 128)]
+    for row in measured["gate_up"]:
+        assert row["x_apart"] == pytest.approx(row["apart_us"] / row["us"])
     for row in (*measured["gemm"], *measured["attention"]):
         assert row["us"] > 0
         assert row["x_bf16"] == pytest.approx(row["bf16_us"] / row["us"])

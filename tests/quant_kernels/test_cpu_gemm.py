@@ -227,6 +227,19 @@ def test_gate_and_up_become_one_output(fmt, rows):
     assert torch.equal(narrow, found.bfloat16())
 
 
+@pytest.mark.parametrize("fmt", [INT8_FORMATS[0], FORMATS[0]], ids=str)
+def test_gate_and_up_may_be_quantized_as_they_are_stored(fmt):
+    weight, tokens = block_weight(make_weight(80, 384, fmt)), make_tokens(9, 384, fmt)
+    for kind, dtype in (("fp8", torch.float8_e4m3fn), ("int8", torch.int8)):
+        out = torch.full((9, 40), torch.nan, dtype=torch.bfloat16)
+        codes = torch.full((9, 40), 0x55, dtype=torch.uint8).view(dtype)
+        scale = torch.full((9, 1), torch.nan)
+        ops.gemm(*tokens, weight, out, silu_mul=True, codes=codes, scale=scale, backend="cpu")
+        wanted = reference.quantize_activation(out, kind)
+        assert torch.equal(codes.view(torch.uint8), wanted[0].view(torch.uint8))
+        assert torch.equal(scale, wanted[1])
+
+
 def test_silu_is_within_its_bound_over_the_whole_range():
     # A weight of 2 rows that passes the token's scale on: gate and up are x_scale.
     fmt = WeightFormat("w4a8", -1, "int8")

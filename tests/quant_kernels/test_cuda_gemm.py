@@ -41,7 +41,7 @@ CLOSE = 2e-6
 
 @dataclasses.dataclass
 class Problem:
-    """A GEMM's tensors; out is poisoned."""
+    """A GEMM's tensors; outputs are poisoned."""
 
     weight: object
     packed: object
@@ -51,6 +51,8 @@ class Problem:
     bias: torch.Tensor | None = None
     residual: torch.Tensor | None = None
     silu_mul: bool = False
+    out_codes: torch.Tensor | None = None
+    out_scale: torch.Tensor | None = None
 
     def reference(self) -> torch.Tensor:
         args = (self.codes, self.scale, self.packed, self.bias, torch.float32)
@@ -71,14 +73,26 @@ def problem(
     return Problem(fragment_weight(packed), packed, codes, scale, out, **options)
 
 
-def simulate(simulator, p: Problem, config: Config, resident=4, late=True, seed=0) -> None:
+def needed_bytes(p: Problem, config: Config) -> int:
+    maxima = 0 if p.out_codes is None else cuda_gemm.maxima_bytes(len(p.out), p.weight.shape[0])
+    return cuda_gemm.needed_bytes(config) + maxima
+
+
+def called(p: Problem, config: Config, workspace: torch.Tensor) -> Gemm:
+    return describe(
+        config, p.codes, p.scale, p.weight, p.out, p.bias, p.residual, p.silu_mul, workspace,
+        p.out_codes, p.out_scale,
+    )  # fmt: skip
+
+
+def simulate(
+    simulator, p: Problem, config: Config, resident=4, late=True, seed=0, workspace=None
+) -> None:
     """Run a problem in the simulator; RuntimeError says what went wrong."""
-    size = max(16, cuda_gemm.needed_bytes(config))
-    workspace = torch.full((size,), 255, dtype=torch.uint8)
+    if workspace is None:
+        workspace = torch.full((max(16, needed_bytes(p, config)),), 255, dtype=torch.uint8)
     flags = torch.zeros(config.workers * config.cluster, dtype=torch.int32)
-    call = describe(
-        config, p.codes, p.scale, p.weight, p.out, p.bias, p.residual, p.silu_mul, workspace
-    )
+    call = called(p, config, workspace)
     run = simulator.quant_simulate_gemm
     run.restype = ctypes.c_char_p
     said = run(ctypes.byref(call), ctypes.c_void_p(flags.data_ptr()), resident, late, seed)
@@ -217,11 +231,9 @@ def test_a_schedule_covers_every_unit_once_and_waits_for_lower_workers(simulator
 
 # --- what is refused ---
 def status(simulator, p: Problem, config: Config, workspace_size: int | None = None, **changes):
-    size = cuda_gemm.needed_bytes(config) if workspace_size is None else workspace_size
+    size = needed_bytes(p, config) if workspace_size is None else workspace_size
     workspace = torch.empty(max(size, 16), dtype=torch.uint8)[:size]
-    call = describe(
-        config, p.codes, p.scale, p.weight, p.out, p.bias, p.residual, p.silu_mul, workspace
-    )
+    call = called(p, config, workspace)
     for name, value in changes.items():
         setattr(call, name, value)
     return simulator.quant_cuda_gemm_check(ctypes.byref(call))

@@ -28,12 +28,17 @@ Found = dict[tuple[str, int, int, int], Kernel]  # kind, group, tokens, cluster
 
 
 @pytest.fixture(scope="module")
-def gemms() -> Found:
+def every() -> dict[str, Kernel]:
     library = native.find("quant_cuda")
     if library is None:
         pytest.skip("libquant_cuda.so is not built here")
+    return kernels(library)
+
+
+@pytest.fixture(scope="module")
+def gemms(every: dict[str, Kernel]) -> Found:
     found: Found = {}
-    for name, kernel in kernels(library).items():
+    for name, kernel in every.items():
         config = re.search(r"gemm_kernel.*KindE(\d+)ELi(\d+)ELi(\d+)ELi(\d+)", name)
         if config is not None:
             kind, *numbers = map(int, config.groups())
@@ -107,12 +112,31 @@ def test_conversion_is_in_budget(gemms, kind):
         assert whole - overhead <= BUDGETS[kind]
         assert whole <= INSTRUCTIONS[kind] * 1.15
         if kind == "exact":
-            assert loop["LOP3"] == plain["LOP3"]
+            # ptxas flips the ring's parity by one of them, or by a comparison; one more in the
+            # conversion would be sixteen in this loop.
+            assert abs(loop["LOP3"] - plain["LOP3"]) <= 1
 
 
 def weights(loop: collections.Counter[str]) -> float:
     """Weights that a thread converts in a loop."""
     return (loop["QGMMA"] + loop["IGMMA"]) * WEIGHTS
+
+
+def test_what_quantizes_the_output_waits_for_it_and_reads_it_once(every):
+    """The simulator runs one kernel after the other: that the second waits shows only here."""
+    found = [kernel for name, kernel in every.items() if "quantize_kernel" in name]
+    assert len(found) == 3  # of what a GEMM stores: BF16, FP16, FP32
+    for kernel in found:
+        counts, texts = kernel.counts(), [text for _, text in kernel.instructions]
+        assert kernel.stack == counts["LDL"] == counts["STL"] == 0
+        waits = next(i for i, text in enumerate(texts) if "ACQBULK" in text)
+        touched = [i for i, text in enumerate(texts) if re.search(r"\b(LDG|STG)\b", text)]
+        assert waits < min(touched)
+        # Sixteen numbers a thread, all loads of which come before the maxima's.
+        wide = [i for i in touched if "LDG.E.128" in texts[i]]
+        maxima = [i for i in touched if re.search(r"LDG\.E R", texts[i])]
+        assert len(wide) in (2, 4)
+        assert max(wide) < min(maxima)
 
 
 def test_the_library_answers_where_there_is_no_driver():

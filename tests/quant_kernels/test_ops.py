@@ -107,6 +107,22 @@ def test_gemm_is_its_definition(fmt, silu_mul):
         assert torch.equal(out, (y + residual.float()).bfloat16())
 
 
+@pytest.mark.parametrize("kind", [F8, torch.int8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("fmt", every_format()[::3], ids=lambda fmt: fmt.label)
+def test_gate_and_up_may_be_quantized_as_they_are_stored(fmt, dtype, kind):
+    weight = packed(20, 128, fmt)
+    x = reference.quantize_activation(tokens(3, 128) / 30, fmt.activation)
+    out, alone = (torch.full((3, 10), torch.nan, dtype=dtype) for _ in range(2))
+    codes, scale = activation(3, 10, kind)
+    ops.gemm(*x, weight, out, silu_mul=True, codes=codes, scale=scale)
+    ops.gemm(*x, weight, alone, silu_mul=True)
+    assert torch.equal(out, alone)
+    wanted = reference.quantize_activation(out, "fp8" if kind == F8 else "int8")
+    assert torch.equal(codes.view(torch.uint8), wanted[0].view(torch.uint8))
+    assert torch.equal(scale, wanted[1])
+
+
 def test_a_dense_product_is_its_definition():
     x, weight = tokens(3, 48), tokens(20, 48, seed=2)
     out = torch.full((3, 20), torch.nan, dtype=torch.bfloat16)
@@ -185,6 +201,25 @@ def test_gemm_names_the_argument_that_does_not_fit(name):
         ops.gemm(*first, **arguments)
 
 
+def test_codes_of_the_output_that_do_not_fit_are_refused():
+    weight = packed(20, 128, WeightFormat("w4a8", 64, "int8"))
+    x = reference.quantize_activation(tokens(3, 128), "int8")
+    out, whole = torch.empty(3, 10), torch.empty(3, 20)
+    codes, scale = activation(3, 10, F8)
+    together = "gemm_w4a8: codes and scale of the output come together, and with silu_mul"
+    for options in ({"codes": codes}, {"scale": scale}):
+        with pytest.raises(OpError, match=together):
+            ops.gemm(*x, weight, out, silu_mul=True, **options)
+    with pytest.raises(OpError, match=together):
+        ops.gemm(*x, weight, whole, codes=activation(3, 20, F8)[0], scale=scale)
+    for wrong in (codes[:, :9], codes[:2], codes.float(), codes.T):
+        with pytest.raises(OpError, match=r"codes must be float8_e4m3fn or int8 \[3, 10\] .* got "):
+            ops.gemm(*x, weight, out, silu_mul=True, codes=wrong, scale=scale)
+    for wrong in (scale[:2], scale.double(), scale[:, 0]):
+        with pytest.raises(OpError, match=r"scale must be float32 \[3, 1\] .* got "):
+            ops.gemm(*x, weight, out, silu_mul=True, codes=codes, scale=wrong)
+
+
 def test_a_weight_in_another_backends_layout_is_refused():
     fmt = WeightFormat("w4a8", 64, "int8")
     codes, scale = reference.quantize_activation(tokens(3, 128), "int8")
@@ -212,7 +247,19 @@ def test_a_weight_whose_parts_do_not_fit_is_refused(split):
             changed = {**parts, name: wrong}
             with pytest.raises((OpError, FormatError), match=r"^gemm_w4afp8: "):
                 torch.ops.fourbyeight.gemm_w4afp8(
-                    codes, scale, *changed.values(), 64, "lut", out, None, None, False, None, ""
+                    codes,
+                    scale,
+                    *changed.values(),
+                    64,
+                    "lut",
+                    out,
+                    None,
+                    None,
+                    False,
+                    None,
+                    None,
+                    None,
+                    "",
                 )
 
 
@@ -257,10 +304,13 @@ def every_call() -> dict[str, tuple]:
             "",
         ),
         "silu_mul_quantize": (tokens(3, 64), *activation(3, 32, torch.int8), ""),
-        "gemm_w4afp8": (x, scale, *gemm, "lut", out, None, None, False, None, ""),
+        "gemm_w4afp8": (
+            x, scale, *gemm, "lut", torch.zeros(3, 8), None, None, True, *activation(3, 8, F8),
+            None, "",
+        ),
         "gemm_w4a8": (
             xi, si, integer.words, integer.scales, empty, 64, "int8", out, None, None, False, None,
-            "",
+            None, None, "",
         ),
         "linear": (tokens(3, 128), tokens(16, 128), torch.zeros(3, 16).bfloat16(), ""),
         "rope_append": (*rope_arguments().values(), None, None, 1e-6, None, None, False, ""),

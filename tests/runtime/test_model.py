@@ -14,6 +14,7 @@ from quant.decoder import Block, Decoder, KeyTransform
 from quant.evaluation.perplexity import hidden_states
 from quant.runtime.batch import Chunk, in_order, make_batch, pages_needed
 from quant.runtime.model import Model, load_model, make_layer
+from quant_kernels import ops
 from quant_kernels.cpu_linear import MOST_TOKENS
 from quant_kernels.kv4 import KVFormat
 
@@ -204,6 +205,30 @@ def test_the_bounds_notice_what_is_wrong(
         batch = make_batch([Chunk(part, start, [0])], model.device)
         late = model.logits(model.forward(batch, cache))
     assert relative_error(late, wanted[30:60]) > 10 * ERRORS["reference"]
+
+
+@pytest.mark.parametrize("case", ["lut-64", "int8-64"])
+def test_a_block_is_nine_ops(
+    case: str,
+    quantized_case: Callable[[str], Any],
+    as_model: AsModel,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    decoder = load_decoder(quantized_case(case).output, dtype=torch.float32)
+    model = as_model(with_kv(decoder, KVFormat()))
+    called, original = [], ops.call
+
+    def recorded(op: str, *args: Any) -> None:
+        called.append(op)
+        original(op, *args)
+
+    monkeypatch.setattr(ops, "call", recorded)
+    gemm = f"gemm_{decoder.fmt.scheme}"
+    model.forward(make_batch([Chunk([1], 0, [0])], model.device), model.new_cache(1, 64))
+    assert called == 2 * [
+        "rms_norm_quantize", gemm, "rope_append", "decode_attention", "quantize_activation", gemm,
+        "rms_norm_quantize", gemm, gemm,
+    ]  # fmt: skip
 
 
 def test_hidden_states_come_in_the_order_of_the_sequences(

@@ -3,12 +3,26 @@
 
 #include "cuda/gemm_kernel.cuh"
 #include "cuda/gemm_plan.h"
+#include "cuda/quantize_kernel.cuh"
 
 namespace quant {
 namespace {
 
 std::string failure;
 uint32_t* flags;
+
+void simulate_quantize(const QuantCudaGemm& g, const GemmParams& p, Launch launch) {
+  const QuantizeParams q = plan_quantize(g, p);
+  launch.blocks = static_cast<int>(quantize_blocks(g));
+  launch.threads = kQuantizeThreads;
+  launch.cluster = 1;
+  launch.shared_bytes = 0;
+  failure = run(launch, [&] {
+    if (p.out_type == Type::bf16) return quantize_body<Bf16>(q);
+    if (p.out_type == Type::fp16) return quantize_body<Fp16>(q);
+    quantize_body<float>(q);
+  });
+}
 
 template <Kind kKind, int kGroup, int kTokens, int kCluster>
 bool simulate(const QuantCudaGemm& g, Launch launch) {
@@ -31,6 +45,7 @@ bool simulate(const QuantCudaGemm& g, Launch launch) {
     launch.cluster = kCluster;
     launch.shared_bytes = kSharedBytes;
     failure = run(launch, [&] { gemm_body<C>(p, &x); });
+    if (failure.empty() && p.maxima != nullptr) simulate_quantize(g, p, launch);
     return true;
   } else {
     return false;

@@ -56,6 +56,13 @@ uint32_t to_e4m3(float a, float b, float c, float d) {
   return word;
 }
 
+int to_integer(float x) {
+  if (x != x) return 0;
+  constexpr float kEnd = 2147483648.0f;
+  if (x >= kEnd) return 0x7FFFFFFF;
+  return x < -kEnd ? -0x7FFFFFFF - 1 : static_cast<int>(std::nearbyint(x));
+}
+
 float to_float(Bf16 x) {
   const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
   float y;

@@ -236,8 +236,10 @@ inline uint32_t rotate_right(uint32_t a, int bits) { return a >> bits | a << (32
 inline float multiply(float a, float b) { return a * b; }
 inline float add(float a, float b) { return a + b; }
 float exponential2(float x);
+inline float divide(float a, float b) { return a / b; }
 inline float reciprocal(float x) { return 1 / x; }
 uint32_t to_e4m3(float a, float b, float c, float d);
+int to_integer(float x);
 struct Bf16 {
   uint16_t bits;
 };

@@ -16,6 +16,7 @@ from torch import Tensor
 from quant_kernels import dispatch
 from quant_kernels.packing import SplitWeight
 from quant_kernels.triton import tuning
+from quant_kernels.triton.activation import quantize_activation
 from quant_kernels.triton.gemm_kernels import gemm_kernel, reduce_kernel
 from quant_kernels.triton.tuning import Config
 
@@ -31,6 +32,8 @@ def gemm(
     residual: Tensor | None,
     silu_mul: bool,
     workspace: Tensor | None,
+    codes: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> None:
     """As `ops.gemm`, in the configuration that `tuning.choose` names."""
     device = x_codes.device
@@ -45,6 +48,8 @@ def gemm(
         silu_mul,
     )
     run(config, x_codes, x_scale, weight, out, bias, residual, silu_mul, workspace)
+    if codes is not None and scale is not None:
+        quantize_activation(out, codes, scale)
 
 
 def run(

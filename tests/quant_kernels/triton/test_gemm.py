@@ -184,6 +184,22 @@ def test_silu_mul_takes_gate_and_up_from_the_halves_of_the_weight(fmt, split_k):
 
 
 @pytest.mark.parametrize("fmt", [INT8_FORMATS[2], FP8_FORMATS[2]], ids=str)
+def test_gate_and_up_may_be_quantized_as_they_are_stored(fmt):
+    m, f = 9, 72
+    weight, tokens = make_weight(2 * f, 128, fmt), make_tokens(m, 128, fmt)
+    weight = ops.prepare(weight, backend="triton")
+    for kind, dtype in (("fp8", torch.float8_e4m3fn), ("int8", torch.int8)):
+        out = torch.full((m, f), float("nan"), dtype=torch.float16)
+        codes = torch.full((m, f), 0x55, dtype=torch.uint8).view(dtype)
+        scale = torch.full((m, 1), float("nan"))
+        x = tokens[0], tokens[1] / 100
+        ops.gemm(*x, weight, out, silu_mul=True, codes=codes, scale=scale, backend="triton")
+        wanted = reference.quantize_activation(out, kind)
+        assert torch.equal(codes.view(torch.uint8), wanted[0].view(torch.uint8))
+        assert torch.equal(scale, wanted[1])
+
+
+@pytest.mark.parametrize("fmt", [INT8_FORMATS[2], FP8_FORMATS[2]], ids=str)
 def test_rows_may_be_strided_and_nothing_beside_them_is_written(fmt):
     m, n, k = 18, 72, 128
     weight, (codes, scale) = make_weight(n, k, fmt), make_tokens(m, k, fmt)
