@@ -26,22 +26,45 @@ int tokens_together(const Gemm& g) { return g.m < kTogether ? static_cast<int>(g
 int64_t amx_most_tokens(const Gemm&) { return 144; }
 int64_t amx_scratch_bytes(const Gemm&) { return sizeof(Operand) * kSpanOperands * kSpansTogether; }
 
-void amx_prepare(const Gemm& g, int64_t token, uint8_t* prepared) {
+// 32 E4M3 codes -> BF16: the 128 positive values lie in four registers.
+inline __m512i look_up_values(const __m512i (&table)[4], const uint8_t* x, __mmask32 some) {
+  const __m512i code = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(some, x));
+  const __m512i low = _mm512_permutex2var_epi16(table[0], code, table[1]);
+  const __m512i high = _mm512_permutex2var_epi16(table[2], code, table[3]);
+  const __mmask32 upper = _mm512_test_epi16_mask(code, _mm512_set1_epi16(0x40));
+  const __m512i sign = _mm512_slli_epi16(_mm512_srli_epi16(code, 7), 15);
+  return _mm512_or_si512(sign, _mm512_mask_mov_epi16(low, upper, high));
+}
+
+// Up to 16 tokens, turned: pairs of columns by tokens.
+void amx_prepare(const Gemm& g, int64_t first, uint8_t* prepared) {
   const int64_t columns = g.spans() * kSpan, together = tokens_together(g);
-  const uint8_t* x = g.x + token * g.x_stride;
-  Operand* to = reinterpret_cast<Operand*>(prepared) + token / kTogether * kTogether * columns +
-                token % kTogether * 2;
-  for (int64_t k = 0; k < columns; k += 2) {
-    to[k * together] = k < g.k ? kFp8Tables.value_bf16[x[k]] : Operand();
-    to[k * together + 1] = k < g.k ? kFp8Tables.value_bf16[x[k + 1]] : Operand();
+  const uint8_t* x = g.x + first * g.x_stride;
+  const int tokens = static_cast<int>(g.m - first < kTogether ? g.m - first : kTogether);
+  Operand* to = reinterpret_cast<Operand*>(prepared) + first * columns;
+  __m512i table[4];
+  for (int i = 0; i < 4; ++i) table[i] = _mm512_loadu_si512(kFp8Tables.value_bf16 + 32 * i);
+  const auto all = static_cast<__mmask16>((1u << together) - 1);
+  alignas(64) float pairs[kTogether * 16] = {};
+  for (int64_t k = 0; k < columns; k += 32) {
+    const int64_t left = g.k - k;
+    const __mmask32 some = left >= 32 ? ~0u : left <= 0 ? 0 : (1u << left) - 1;
+    for (int m = 0; m < tokens; ++m) {
+      _mm512_store_si512(pairs + 16 * m, look_up_values(table, x + m * g.x_stride + k, some));
+    }
+    __m512 turned[16];
+    transpose(pairs, 16, turned);
+    for (int i = 0; i < 16; ++i) {
+      _mm512_mask_storeu_ps(to + (k + 2 * i) * together, all, turned[i]);
+    }
   }
 }
 
 // Codes of a span and 64 rows -> operands [4 steps, 4 tiles, 16 rows, 32 columns].
-void unpack_span(const Gemm& g, int64_t block, int64_t span, Operand* operands) {
+void unpack_span(const Unpacking& unpacking, int64_t block, int64_t span, Operand* operands) {
   for (int row = 0; row < kBlock; ++row) {
     const int64_t eight = block * (kBlock / kRows) + row / kRows;
-    unpack_row(g, eight, span, row % kRows, operands + row * 32, kStepOperands);
+    unpacking.row(eight, span, row % kRows, operands + row * 32, kStepOperands);
   }
   written(operands);
 }
@@ -84,6 +107,7 @@ void turn(float* sums, int tokens) {
 
 void amx_multiply(const Gemm& g, const Blocks& blocks, int64_t first, int tokens,
                   const uint8_t* prepared, uint8_t* scratch, uint8_t* to, int64_t apart) {
+  const Unpacking unpacking(g);
   Operand* const operands = reinterpret_cast<Operand*>(scratch);
   const int together = tokens_together(g);
   const int64_t columns = g.spans() * kSpan;
@@ -93,12 +117,15 @@ void amx_multiply(const Gemm& g, const Blocks& blocks, int64_t first, int tokens
   const auto bytes = static_cast<uint16_t>(4 * together);
   const Tiles guard({bytes, bytes, bytes, bytes, bytes, 64, 64, 64});
   for (int i = 0; i < blocks.count && tokens <= kTogether; ++i) {
+    const auto operands_of = [&](int64_t span) { return operands + span % 2 * kSpanOperands; };
     zero_tiles();
+    if (g.spans() > 0) unpack_span(unpacking, blocks.at[i], 0, operands);
     for (int64_t span = 0; span < g.spans(); ++span) {
-      Operand* const here = operands + span % 2 * kSpanOperands;
-      unpack_span(g, blocks.at[i], span, here);
+      // A span ahead of their use: tiles are loaded from the cache, not from stores under way.
+      if (span + 1 < g.spans()) unpack_span(unpacking, blocks.at[i], span + 1, operands_of(span + 1));
       for (int64_t step = 0; step < 4; ++step) {
-        multiply_step(here + step * kStepOperands, x + (span * 4 + step) * 32 * together, together);
+        multiply_step(operands_of(span) + step * kStepOperands,
+                      x + (span * 4 + step) * 32 * together, together);
       }
     }
     store_tiles(sums_of(i), 256, 64);
@@ -107,7 +134,7 @@ void amx_multiply(const Gemm& g, const Blocks& blocks, int64_t first, int tokens
     const int64_t spans = g.spans() - span < kSpansTogether ? g.spans() - span : kSpansTogether;
     for (int i = 0; i < blocks.count; ++i) {
       for (int64_t j = 0; j < spans; ++j) {
-        unpack_span(g, blocks.at[i], span + j, operands + j * kSpanOperands);
+        unpack_span(unpacking, blocks.at[i], span + j, operands + j * kSpanOperands);
       }
       multiply_spans(tokens, together, operands, spans, x + span * kSpan * together,
                      kTogether * columns, span == 0, sums_of(i));
@@ -124,6 +151,7 @@ void amx_multiply(const Gemm& g, const Blocks& blocks, int64_t first, int tokens
 constexpr Kernels amx_kernels() {
   Kernels kernels = fp8_kernels();
   kernels.blocks = 4;
+  kernels.together = kTogether;
   kernels.most_tokens = amx_most_tokens;
   kernels.scratch_bytes = amx_scratch_bytes;
   kernels.prepare = amx_prepare;

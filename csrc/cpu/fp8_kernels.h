@@ -22,7 +22,7 @@ namespace {
 
 constexpr int kRows = kFp8Rows;
 constexpr uint8_t kOne = 0x38;  // 1, as an E4M3 code
-constexpr int kAhead = 2048;    // bytes of codes, fetched before their turn
+constexpr int kAhead = 1024;    // bytes of codes, fetched before their turn
 
 int64_t fp8_token_bytes(const Gemm& g) { return sizeof(Operand) * g.spans() * kSpan; }
 int64_t fp8_most_tokens(const Gemm& g) { return (1 << 20) / (g.k + 4 * kBlock); }
@@ -42,40 +42,60 @@ void fp8_prepare(const Gemm& g, int64_t token, uint8_t* prepared) {
   for (int64_t k = g.k; k < g.spans() * kSpan; ++k) to[k] = Operand();
 }
 
-// 128 columns of a row of eight -> operands, every 32 of them `apart` numbers from the last.
-inline void unpack_row(const Gemm& g, int64_t eight, int64_t span, int row, Operand* operands,
-                       int64_t apart) {
-  const bool exact = g.numerics == QUANT_CPU_EXACT && !g.per_channel;
-  const int64_t groups = g.per_channel ? 0 : g.groups();
-  const int shift = g.per_channel ? 62 : __builtin_ctzll(static_cast<uint64_t>(g.group_size));
-  const uint8_t* t = static_cast<const uint8_t*>(g.t) + eight * kRows * groups * (exact ? 4 : 1);
-  const uint8_t* words = g.codes + ((eight * g.spans() + span) * kRows + row) * (kSpan / 2);
-  __builtin_prefetch(words + kAhead);
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) {
-    int64_t group = (span * kSpan + 32 * j) >> shift;
-    if (group >= groups) group = groups - 1;  // beyond K: q = 0, and any levels will do
-    Operand own[16];
-    const Operand* levels = own;
-    if (exact) {
-      float scale;
-      std::memcpy(&scale, t + 4 * (group * kRows + row), sizeof scale);
-      for (int q = 0; q < 16; ++q) own[q] = static_cast<Operand>((q - 8) * scale);
-    } else {
-      levels = levels_of(groups == 0 ? kOne : t[group * kRows + row], Operand());
-    }
-    look_up(words, j, levels, operands + j * apart);
-  }
-}
+// The way from codes to operands; what would have to be divided is divided once.
+class Unpacking {
+ public:
+  explicit Unpacking(const Gemm& g)
+      : g_(g),
+        spans_(g.spans()),
+        groups_(g.groups()),
+        shift_(g.per_channel ? 62 : __builtin_ctzll(static_cast<uint64_t>(g.group_size))) {}
 
-// Eight rows -> operands [8, K to the end of the last span].
-void unpack_rows(const Gemm& g, int64_t eight, Operand* operands) {
-  for (int64_t span = 0; span < g.spans(); ++span) {
-    for (int row = 0; row < kRows; ++row) {
-      unpack_row(g, eight, span, row, operands + (row * g.spans() + span) * kSpan, 32);
+  // 128 columns of a row of eight -> operands, every 32 of them `apart` numbers from the last.
+  void row(int64_t eight, int64_t span, int row, Operand* operands, int64_t apart) const {
+    const uint8_t* words = g_.codes + ((eight * spans_ + span) * kRows + row) * (kSpan / 2);
+    __builtin_prefetch(words + kAhead);
+    Operand own[16];
+    if (g_.per_channel || g_.group_size >= kSpan) {
+      const Operand* all = levels(eight, row, span * kSpan >> shift_, own);
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) look_up(words, j, all, operands + j * apart);
+      return;
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const int64_t group = (span * kSpan + 32 * j) >> shift_;
+      look_up(words, j, levels(eight, row, group, own), operands + j * apart);
     }
   }
-}
+
+  // Eight rows -> operands [8, K to the end of the last span].
+  void rows(int64_t eight, Operand* operands) const {
+    for (int64_t span = 0; span < spans_; ++span) {
+      for (int i = 0; i < kRows; ++i) {
+        row(eight, span, i, operands + (i * spans_ + span) * kSpan, 32);
+      }
+    }
+  }
+
+ private:
+  // Of one group; `own` is room for those that no table holds.
+  const Operand* levels(int64_t eight, int row, int64_t group, Operand* own) const {
+    if (g_.per_channel) return levels_of(kOne, Operand());
+    if (group >= groups_) group = groups_ - 1;  // beyond K: q = 0, and any levels will do
+    const int64_t at = (eight * groups_ + group) * kRows + row;
+    if (g_.numerics != QUANT_CPU_EXACT) {
+      return levels_of(static_cast<const uint8_t*>(g_.t)[at], Operand());
+    }
+    const float scale = static_cast<const float*>(g_.t)[at];
+    for (int q = 0; q < 16; ++q) own[q] = static_cast<Operand>((q - 8) * scale);
+    return own;
+  }
+
+  const Gemm& g_;
+  const int64_t spans_, groups_;
+  const int shift_;
+};
 
 // sums[m, r] = sum_k x[m, k] w[r, k]. `ahead` is the part of the weight that will be read next.
 template <int Tokens>
@@ -125,12 +145,13 @@ void fp8_multiply(const Gemm& g, const Blocks& blocks, int64_t first, int tokens
   constexpr int kParts = kBlock / kRows;
   const int64_t columns = g.spans() * kSpan;
   const int64_t code_bytes = kRows * columns / 2;
+  const Unpacking unpacking(g);
   Operand* operands = reinterpret_cast<Operand*>(scratch);
   const Operand* x = reinterpret_cast<const Operand*>(prepared) + first * columns;
   for (int i = 0; i < blocks.count; ++i) {
     const int64_t next = i + 1 < blocks.count ? blocks.at[i + 1] : blocks.next;
     for (int64_t part = blocks.at[i] * kParts; part < (blocks.at[i] + 1) * kParts; ++part) {
-      unpack_rows(g, part, operands);
+      unpacking.rows(part, operands);
       int64_t ahead = part + 1;
       if (ahead % kParts == 0) ahead = next < 0 ? part : next * kParts;
       float* sums = reinterpret_cast<float*>(to + i * apart) + part % kParts * kRows;
@@ -144,7 +165,7 @@ void fp8_multiply(const Gemm& g, const Blocks& blocks, int64_t first, int tokens
 
 // Evaluated by the compiler: nothing of this file may run where the machine lacks its instructions.
 constexpr Kernels fp8_kernels() {
-  return {1, fp8_most_tokens, fp8_token_bytes, fp8_scratch_bytes, fp8_prepare, fp8_multiply, scale_sums<float>,
+  return {1, 1, fp8_most_tokens, fp8_token_bytes, fp8_scratch_bytes, fp8_prepare, fp8_multiply, scale_sums<float>,
           silu_mul,        load_row,          store_row,   add};
 }
 

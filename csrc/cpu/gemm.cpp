@@ -154,8 +154,8 @@ int run(const Gemm& g, int threads) {
   uint8_t* const memory = arena.reserve(prepared_bytes + team * scratch_bytes);
   if (memory == nullptr) return QUANT_CPU_OUT_OF_MEMORY;
   work.prepared = memory;
-  parallel_for(g.m, g.m * g.k > kPrepareAlone ? threads : 1,
-               [&](int64_t token, int) { kernels->prepare(g, token, memory); });
+  parallel_for(ceil_div(g.m, kernels->together), g.m * g.k > kPrepareAlone ? threads : 1,
+               [&](int64_t i, int) { kernels->prepare(g, i * kernels->together, memory); });
   parallel_for(work.item_count, team, [&](int64_t item, int thread) {
     run_item(work, item, memory + prepared_bytes + thread * scratch_bytes);
   });

@@ -54,13 +54,14 @@ struct Blocks {
 
 // The kernels of one instruction set and one kind of number.
 struct Kernels {
-  int blocks;  // that an item of many tokens takes, at most four
+  int blocks;    // that an item of many tokens takes, at most four
+  int together;  // tokens that `prepare` takes, the first of which is a multiple of it
   // Tokens that share unpacked weights, at most: what belongs to them stays in the L2 cache.
   int64_t (*most_tokens)(const Gemm&);
   // Bytes that `prepare` writes for a token, and scratch bytes of a thread.
   int64_t (*token_bytes)(const Gemm&);
   int64_t (*scratch_bytes)(const Gemm&);
-  void (*prepare)(const Gemm&, int64_t token, uint8_t* prepared);
+  void (*prepare)(const Gemm&, int64_t first, uint8_t* prepared);
   // The sums [tokens, 64], INT32 or FP32, of every block, `apart` bytes from one to the next.
   void (*multiply)(const Gemm&, const Blocks&, int64_t first, int tokens, const uint8_t* prepared,
                    uint8_t* scratch, uint8_t* sums, int64_t apart);

@@ -314,7 +314,7 @@ void int8_multiply(const Gemm& g, const Blocks& blocks, int64_t first, int token
 
 // Evaluated by the compiler: nothing of this file may run where the machine lacks its instructions.
 constexpr Kernels int8_kernels() {
-  return {1,        int8_most_tokens, int8_token_bytes, int8_scratch_bytes, int8_prepare, int8_multiply,
+  return {1, 1, int8_most_tokens, int8_token_bytes, int8_scratch_bytes, int8_prepare, int8_multiply,
           scale_sums<int32_t>, silu_mul, load_row, store_row, add};
 }
 
