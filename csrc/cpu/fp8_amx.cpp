@@ -1,8 +1,8 @@
 // FP8 with AMX: tiles of 16 outputs x 32 columns times 32 columns x 16 tokens, BF16, sums in FP32.
 //
-// A block's 64 outputs are four tiles of sums, [64, 16 tokens], so that a single token, too, has four
-// sums under way. Tokens are laid out in pairs of columns, [tokens / 16, K / 2, 16, 2], or as many as
-// there are. Every sum takes its pairs of columns in order, however many tokens there are.
+// A block's 64 outputs are four tiles of sums, [64, 16 tokens], so that a single token, too, has
+// four sums under way. Tokens are laid out in pairs of columns, [tokens / 16, K / 2, 16, 2], or as
+// many as there are. Every sum takes its pairs of columns in order, however many tokens there are.
 //
 // Up to 16 tokens, sums stay in tiles over all of K; for more, two spans at a time become operands,
 // 32 KiB of the L1 cache, and all tokens pass.
@@ -15,7 +15,7 @@
 namespace quant {
 namespace {
 
-constexpr int kTogether = 16;     // tokens
+constexpr int kTogether = 16;  // tokens
 constexpr int kSpansTogether = 2;
 constexpr int64_t kTileSums = kBlock * kTogether;
 constexpr int64_t kStepOperands = kBlock * 32;  // of 32 columns, as four tiles
@@ -115,14 +115,15 @@ void amx_multiply(const Gemm& g, const Blocks& blocks, int64_t first, int tokens
   const auto sums_of = [&](int i) { return reinterpret_cast<float*>(to + i * apart); };
   // Sums, tokens and operands.
   const auto bytes = static_cast<uint16_t>(4 * together);
-  const Tiles guard({bytes, bytes, bytes, bytes, bytes, 64, 64, 64});
+  configure_tiles({bytes, bytes, bytes, bytes, bytes, 64, 64, 64});
   for (int i = 0; i < blocks.count && tokens <= kTogether; ++i) {
     const auto operands_of = [&](int64_t span) { return operands + span % 2 * kSpanOperands; };
     zero_tiles();
     if (g.spans() > 0) unpack_span(unpacking, blocks.at[i], 0, operands);
     for (int64_t span = 0; span < g.spans(); ++span) {
       // A span ahead of their use: tiles are loaded from the cache, not from stores under way.
-      if (span + 1 < g.spans()) unpack_span(unpacking, blocks.at[i], span + 1, operands_of(span + 1));
+      if (span + 1 < g.spans())
+        unpack_span(unpacking, blocks.at[i], span + 1, operands_of(span + 1));
       for (int64_t step = 0; step < 4; ++step) {
         multiply_step(operands_of(span) + step * kStepOperands,
                       x + (span * 4 + step) * 32 * together, together);
@@ -140,6 +141,7 @@ void amx_multiply(const Gemm& g, const Blocks& blocks, int64_t first, int tokens
                      kTogether * columns, span == 0, sums_of(i));
     }
   }
+  _tile_release();
   written(to);
   for (int i = 0; i < blocks.count; ++i) {
     for (int m = 0; m < tokens; m += kTogether) {

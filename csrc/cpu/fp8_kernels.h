@@ -165,8 +165,18 @@ void fp8_multiply(const Gemm& g, const Blocks& blocks, int64_t first, int tokens
 
 // Evaluated by the compiler: nothing of this file may run where the machine lacks its instructions.
 constexpr Kernels fp8_kernels() {
-  return {1, 1, fp8_most_tokens, fp8_token_bytes, fp8_scratch_bytes, fp8_prepare, fp8_multiply, scale_sums<float>,
-          silu_mul,        load_row,          store_row,   add};
+  return {1,
+          1,
+          fp8_most_tokens,
+          fp8_token_bytes,
+          fp8_scratch_bytes,
+          fp8_prepare,
+          fp8_multiply,
+          scale_sums<float>,
+          silu_mul,
+          load_row,
+          store_row,
+          add};
 }
 
 }  // namespace

@@ -1,7 +1,7 @@
 // Y = X W^T (csrc/include/quant_cpu.h): checks, the split of the work, and the epilogue's order.
 //
-// An item of work is some blocks of 64 outputs, with silu_mul of the gate and what belongs to them of
-// up, and some tokens. Items are independent, and none sums over a part of K: results depend
+// An item of work is some blocks of 64 outputs, with silu_mul of the gate and what belongs to them
+// of up, and some tokens. Items are independent, and none sums over a part of K: results depend
 // neither on the threads nor on how many tokens there are.
 #include "gemm.h"
 

@@ -1,12 +1,13 @@
 // INT8 with AMX: tiles of 16 tokens x 64 columns times 64 columns x 16 outputs, summed in INT32.
 //
 // Tiles multiply signed bytes, and q t is one (-128 .. 112), so that sums need no correction. A
-// block's 64 outputs are four tiles of sums. Tokens are laid out as tiles, [tokens / 16, K / 64, 16,
-// 64]: rows that are 4096 bytes apart would fall into one set of the L1 cache. A tile of operands is
-// 16 steps of four columns as they lie, [steps, 64 outputs, 4].
+// block's 64 outputs are four tiles of sums. Tokens are laid out as tiles, [tokens / 16, K / 64,
+// 16, 64]: rows that are 4096 bytes apart would fall into one set of the L1 cache. A tile of
+// operands is 16 steps of four columns as they lie, [steps, 64 outputs, 4].
 //
 //   <= 4 tokens    int8_kernels.h: memory is the limit, and registers need no detour
-//   <= 16 tokens   sums stay in tiles over all of K; while one step's tiles are multiplied, the next
+//   <= 16 tokens   sums stay in tiles over all of K; while one step's tiles are multiplied, the
+//   next
 //                  one's codes become operands
 //   more           kTogether columns become operands, 32 KiB of the L1 cache, then all tokens pass;
 //                  blocks share the tokens' columns, which stay in the L2 cache meanwhile
@@ -19,8 +20,8 @@
 namespace quant {
 namespace {
 
-constexpr int kTile = 16;            // tokens
-constexpr int kStep = 64;            // columns
+constexpr int kTile = 16;  // tokens
+constexpr int kStep = 64;  // columns
 constexpr int64_t kTileBytes = 1024;
 constexpr int64_t kStepBytes = kStep * kBlock;  // of operands
 // Columns whose operands are made together: 24 KiB, half of the L1 cache.
@@ -149,7 +150,7 @@ void amx_multiply(const Gemm& g, const Blocks& blocks, int64_t first, int tokens
     return int8_multiply(g, blocks, first, tokens, prepared + tokens_bytes(g), operands, sums,
                          apart);
   }
-  const Tiles guard({64, 64, 64, 64, 64, 64, 64, 64});
+  configure_tiles();
   const auto codes_of = [&](int64_t block) { return g.codes + block * (g.k / 4) * 2 * kBlock; };
   const auto t_of = [&](int64_t block) {
     return static_cast<const uint8_t*>(g.t) + block * g.pairs() * 2 * kBlock;
@@ -178,6 +179,7 @@ void amx_multiply(const Gemm& g, const Blocks& blocks, int64_t first, int tokens
       multiply_many(tokens, x, kTile * padded(g), operands, columns, k == 0, fetch, sums_of(i));
     }
   }
+  _tile_release();
   written(sums);
 }
 

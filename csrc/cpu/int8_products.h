@@ -11,6 +11,9 @@
 #define QUANT_INT8_PRODUCTS_H_
 
 #include "simd.h"
+#if defined(__AMX_INT8__)
+#include "tiles.h"
+#endif
 
 namespace quant {
 namespace QUANT_ISA {
@@ -171,7 +174,6 @@ class Products {
   ~Products() {
     if (configured_) _tile_release();
   }
-
 #endif
 
  private:
@@ -259,14 +261,8 @@ class Products {
   bool configured_ = false;
 
   void configure() {
-    if (configured_) return;
+    if (!configured_) configure_tiles();
     configured_ = true;
-    struct {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16};
-    } config;
-    _tile_loadconfig(&config);
   }
 #endif
 };

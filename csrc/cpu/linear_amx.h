@@ -8,6 +8,7 @@
 
 #include "kernels.h"
 #include "simd.h"
+#include "tiles.h"
 #include "transpose.h"
 
 namespace quant {
@@ -17,9 +18,6 @@ namespace {
 constexpr int64_t TILE = 16 * 32;  // numbers
 constexpr int64_t LINES = 4;       // of 32 columns, of a row, that are fetched at once
 static_assert(LINEAR_ROWS == 64 && LINEAR_TOKENS == 16, "four tiles and one");
-
-// GCC's intrinsics do not say which memory they read.
-inline void written(const void* p) { asm volatile("" : : "r"(p) : "memory"); }
 
 inline void prepare_tiles(const QuantCpuLinear& call, int64_t first, Bf16* to) {
   const Bf16* x = static_cast<const Bf16*>(call.x) + first * call.x_row;
@@ -68,10 +66,7 @@ inline void fetch_ahead(const TileRows& w, int64_t k, int64_t columns) {
 // Sums of 64 rows and 16 tokens -> sums [4, 16 rows, 16 tokens]. first: nobody has read the rows.
 inline void multiply_tiles(const TileRows& w, const Bf16* x, int64_t columns, bool first,
                            float* sums) {
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
+  zero_tiles();
   for (int64_t k = 0; k < columns; k += 32, x += TILE) {
     if (first) fetch_ahead(w, k, columns);
     _tile_loadd(6, x, 64);
@@ -84,21 +79,12 @@ inline void multiply_tiles(const TileRows& w, const Bf16* x, int64_t columns, bo
     _tile_loadd(5, w.at + k + 3 * w.apart, w.row_bytes);
     _tile_dpbf16ps(3, 5, 6);
   }
-  _tile_stored(0, sums, 64);
-  _tile_stored(1, sums + 256, 64);
-  _tile_stored(2, sums + 512, 64);
-  _tile_stored(3, sums + 768, 64);
+  store_tiles(sums, 256, 64);
 }
 
 inline void multiply_with_amx(const QuantCpuLinear& call, const LinearPart& part, const Bf16* x,
                               Bf16* scratch) {
-  struct alignas(64) {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16};
-  } config;
-  written(&config);
-  _tile_loadconfig(&config);
+  configure_tiles();
   const int64_t count = call.n - part.row < LINEAR_ROWS ? call.n - part.row : LINEAR_ROWS;
   const TileRows w = rows_of(call, part.row, count, scratch);
   Bf16* out = static_cast<Bf16*>(call.out) + part.token * call.out_row + part.row;

@@ -9,25 +9,21 @@
 namespace quant {
 namespace {
 
-// GCC's intrinsics do not say which memory they read: what was written before is there from here on.
+// GCC's intrinsics do not say which memory they read: what was written before is there from here
+// on.
 inline void written(const void* p) { asm volatile("" : : "r"(p) : "memory"); }
 
-// The tile registers of a thread, with 16 rows of so many bytes each, while this object lives.
-struct Tiles {
-  explicit Tiles(const uint16_t (&bytes)[8]) {
-    struct alignas(64) {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t bytes[16] = {};
-      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } config;
-    for (int tile = 0; tile < 8; ++tile) config.bytes[tile] = bytes[tile];
-    written(&config);
-    _tile_loadconfig(&config);
-  }
-  ~Tiles() { _tile_release(); }
-  Tiles(const Tiles&) = delete;
-  Tiles& operator=(const Tiles&) = delete;
-};
+// 16 rows of so many bytes for each of the tile registers, until _tile_release().
+inline void configure_tiles(const uint16_t (&bytes)[8] = {64, 64, 64, 64, 64, 64, 64, 64}) {
+  struct alignas(64) {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t bytes[16] = {};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  } config;
+  for (int tile = 0; tile < 8; ++tile) config.bytes[tile] = bytes[tile];
+  written(&config);
+  _tile_loadconfig(&config);
+}
 
 inline void zero_tiles() {
   _tile_zero(0);
