@@ -5,14 +5,15 @@
 // 16, 64]: rows that are 4096 bytes apart would fall into one set of the L1 cache. A tile of
 // operands is 16 steps of four columns as they lie, [steps, 64 outputs, 4].
 //
-//   <= 4 tokens    int8_kernels.h: memory is the limit, and registers need no detour
-//   <= 16 tokens   sums stay in tiles over all of K; while one step's tiles are multiplied, the
-//   next
-//                  one's codes become operands
-//   more           kTogether columns become operands, 32 KiB of the L1 cache, then all tokens pass;
-//                  blocks share the tokens' columns, which stay in the L2 cache meanwhile
+//   up to 4 tokens   int8_kernels.h: memory is the limit, and registers need no detour
+//   up to 16 tokens  sums stay in tiles over all of K, and operands are made a step ahead
+//   more             kColumnsTogether columns become operands in the L1 cache, then all tokens
+//                    pass; blocks share the tokens' columns, which stay in the L2 cache meanwhile
 //
-// A product of four tiles takes 64 clocks, loading one from the L1 cache 8, from the L2 cache 20.
+// On a Xeon at 3 GHz four products take 21 ns, with their five tiles from the L1 cache 25, with
+// that of the tokens from the L2 cache 27, with all from there 32. A pass over 384 columns spends
+// 160 ns on products and 115 on the sums, which it takes from the L2 cache and leaves there: their
+// stores do not overlap. Operands for all of K, in the L2 cache, spare that and come out the same.
 #define QUANT_AMX
 #include "int8_avx512.cpp"
 #include "tiles.h"
