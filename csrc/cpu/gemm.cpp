@@ -109,8 +109,12 @@ void run_item(const Work& work, int64_t item, uint8_t* scratch) {
   }
   blocks.next = item + 1 < work.item_count ? (item + 1) % work.groups() * work.together : -1;
   uint8_t* const sums = scratch;
-  work.kernels.multiply(g, blocks, first, tokens, work.prepared,
-                        sums + work.sums() * work.sums_bytes, sums, work.sums_bytes);
+  uint8_t* const rest = sums + work.sums() * work.sums_bytes;
+  if (g.k == 0) {
+    std::memset(sums, 0, static_cast<size_t>(rest - sums));
+  } else {
+    work.kernels.multiply(g, blocks, first, tokens, work.prepared, rest, sums, work.sums_bytes);
+  }
   for (int64_t i = 0; i < end - begin; ++i) {
     finish(work, (begin + i) * kBlock, first, tokens, sums + i * work.sums_bytes,
            sums + (end - begin + i) * work.sums_bytes);

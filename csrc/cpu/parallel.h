@@ -1,7 +1,8 @@
 // parallel_for(count, threads, body): body(item, thread) for every item in [0, count).
 //
-// Items are handed out one by one, in order, to whoever is free, so that a thread which the machine
-// does not run holds nobody up: the caller takes part, and waits only for threads that have begun.
+// Every thread has a share of the items, side by side, and takes them one by one, in order; who is
+// done takes from the others' shares, so that a thread which the machine does not run holds nobody
+// up. The caller takes part, and waits only for threads that have begun.
 // Results must not depend on which thread runs an item. `thread`, in [0, threads), tells scratch
 // memory apart; the caller is thread 0.
 //

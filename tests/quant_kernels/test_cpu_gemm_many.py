@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from quant_kernels import cpu, reference
-from quant_kernels.packing import block_weight
+from quant_kernels import cpu, cpu_gemm, reference
+from quant_kernels.packing import BlockedWeight, block_weight
 from tests.quant_kernels.test_cpu_gemm import (
     FORMATS,
     INT8_FORMATS,
@@ -65,3 +65,16 @@ def test_gate_and_up_of_many_blocks(fmt, rows):
     # exp is within 2 ulp, and what follows it rounds twice, here and there.
     silu = torch.nn.functional.silu(gate).abs() * up.abs()
     assert bool(((found - wanted).abs() <= 8 * 2.0**-24 * silu + 1e-30).all())
+
+
+@pytest.mark.parametrize("m", [1, 9, 70])
+@pytest.mark.parametrize("fmt", [INT8_FORMATS[-1], FORMATS[3]], ids=str)
+def test_a_sum_of_nothing_is_zero(fmt, m):
+    dtype = torch.int8 if fmt.scheme == "w4a8" else torch.float8_e4m3fn
+    x, bias = torch.empty(m, 0, dtype=dtype), noise(70)
+    shape = (2, 0, 2, 64) if fmt.scheme == "w4a8" else (16, 0, 8, 64)
+    empty = torch.empty(0, 0, dtype=torch.uint8)
+    weight = BlockedWeight(torch.empty(shape, dtype=torch.uint8), empty, torch.ones(70), fmt)
+    out = torch.full((m, 70), torch.nan)
+    cpu_gemm.gemm(x, torch.ones(m, 1), weight, out, bias, None, False, None)
+    assert torch.equal(out, bias.expand(m, 70))
