@@ -62,9 +62,9 @@ void amx_prepare(const Gemm& g, int64_t first, uint8_t* prepared) {
 
 // Codes of a span and 64 rows -> operands [4 steps, 4 tiles, 16 rows, 32 columns].
 void unpack_span(const Unpacking& unpacking, int64_t block, int64_t span, Operand* operands) {
-  for (int row = 0; row < kBlock; ++row) {
-    const int64_t eight = block * (kBlock / kRows) + row / kRows;
-    unpacking.row(eight, span, row % kRows, operands + row * 32, kStepOperands);
+  constexpr int kEights = kBlock / kRows;
+  for (int i = 0; i < kEights; ++i) {
+    unpacking.eight(block * kEights + i, span, operands + i * kRows * 32, 32, kStepOperands);
   }
   written(operands);
 }

@@ -46,53 +46,63 @@ void fp8_prepare(const Gemm& g, int64_t token, uint8_t* prepared) {
 class Unpacking {
  public:
   explicit Unpacking(const Gemm& g)
-      : g_(g),
+      : codes_(g.codes),
+        t_(g.per_channel ? nullptr : g.t),
+        exact_(g.numerics == QUANT_CPU_EXACT),
         spans_(g.spans()),
         groups_(g.groups()),
         shift_(g.per_channel ? 62 : __builtin_ctzll(static_cast<uint64_t>(g.group_size))) {}
 
-  // 128 columns of a row of eight -> operands, every 32 of them `apart` numbers from the last.
-  void row(int64_t eight, int64_t span, int row, Operand* operands, int64_t apart) const {
-    const uint8_t* words = g_.codes + ((eight * spans_ + span) * kRows + row) * (kSpan / 2);
-    __builtin_prefetch(words + kAhead);
+  // 128 columns of eight rows, `row` numbers from one to the next, every 32 columns `apart`.
+  void eight(int64_t eight, int64_t span, Operand* operands, int64_t row, int64_t apart) const {
+    const uint8_t* words = codes_ + (eight * spans_ + span) * kRows * (kSpan / 2);
     Operand own[16];
-    if (g_.per_channel || g_.group_size >= kSpan) {
-      const Operand* all = levels(eight, row, span * kSpan >> shift_, own);
+    if (t_ == nullptr || shift_ >= kSpanShift) {
+      const int64_t group = eight * groups_ + (span * kSpan >> shift_);
+      for (int i = 0; i < kRows; ++i, words += kSpan / 2, operands += row) {
+        __builtin_prefetch(words + kAhead);
+        const Operand* all = levels(group, i, own);
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) look_up(words, j, all, operands + j * apart);
+        for (int j = 0; j < 4; ++j) look_up(words, j, all, operands + j * apart);
+      }
       return;
     }
+    for (int i = 0; i < kRows; ++i, words += kSpan / 2, operands += row) {
+      __builtin_prefetch(words + kAhead);
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      const int64_t group = (span * kSpan + 32 * j) >> shift_;
-      look_up(words, j, levels(eight, row, group, own), operands + j * apart);
-    }
-  }
-
-  // Eight rows -> operands [8, K to the end of the last span].
-  void rows(int64_t eight, Operand* operands) const {
-    for (int64_t span = 0; span < spans_; ++span) {
-      for (int i = 0; i < kRows; ++i) {
-        row(eight, span, i, operands + (i * spans_ + span) * kSpan, 32);
+      for (int j = 0; j < 4; ++j) {
+        int64_t group = (span * kSpan + 32 * j) >> shift_;
+        if (group >= groups_) group = groups_ - 1;  // beyond K: q = 0, and any levels will do
+        look_up(words, j, levels(eight * groups_ + group, i, own), operands + j * apart);
       }
     }
   }
 
- private:
-  // Of one group; `own` is room for those that no table holds.
-  const Operand* levels(int64_t eight, int row, int64_t group, Operand* own) const {
-    if (g_.per_channel) return levels_of(kOne, Operand());
-    if (group >= groups_) group = groups_ - 1;  // beyond K: q = 0, and any levels will do
-    const int64_t at = (eight * groups_ + group) * kRows + row;
-    if (g_.numerics != QUANT_CPU_EXACT) {
-      return levels_of(static_cast<const uint8_t*>(g_.t)[at], Operand());
+  // Eight rows -> operands [8, K to the end of the last span].
+  void rows(int64_t eight_rows, Operand* operands) const {
+    for (int64_t span = 0; span < spans_; ++span) {
+      eight(eight_rows, span, operands + span * kSpan, spans_ * kSpan, 32);
     }
-    const float scale = static_cast<const float*>(g_.t)[at];
+  }
+
+ private:
+  static constexpr int kSpanShift = 7;
+  static_assert(kSpan == 1 << kSpanShift, "columns of a span");
+
+  // Of one group of one row of eight; `own` is room for those that no table holds.
+  const Operand* levels(int64_t group, int row, Operand* own) const {
+    if (t_ == nullptr) return levels_of(kOne, Operand());
+    if (!exact_) {
+      return levels_of(static_cast<const uint8_t*>(t_)[group * kRows + row], Operand());
+    }
+    const float scale = static_cast<const float*>(t_)[group * kRows + row];
     for (int q = 0; q < 16; ++q) own[q] = static_cast<Operand>((q - 8) * scale);
     return own;
   }
 
-  const Gemm& g_;
+  const uint8_t* const codes_;
+  const void* const t_;  // null with one scale an output
+  const bool exact_;
   const int64_t spans_, groups_;
   const int shift_;
 };

@@ -6,7 +6,7 @@
 // operands is 16 steps of four columns as they lie, [steps, 64 outputs, 4].
 //
 //   up to 4 tokens   int8_kernels.h: memory is the limit, and registers need no detour
-//   up to 16 tokens  sums stay in tiles over all of K, and operands are made a step ahead
+//   up to 32 tokens  for every 16, sums stay in tiles over all of K; operands are made a step ahead
 //   more             kColumnsTogether columns become operands in the L1 cache, then all tokens
 //                    pass; blocks share the tokens' columns, which stay in the L2 cache meanwhile
 //
@@ -22,6 +22,7 @@ namespace quant {
 namespace {
 
 constexpr int kTile = 16;  // tokens
+constexpr int kFew = 32;
 constexpr int kStep = 64;  // columns
 constexpr int64_t kTileBytes = 1024;
 constexpr int64_t kStepBytes = kStep * kBlock;  // of operands
@@ -158,11 +159,14 @@ void amx_multiply(const Gemm& g, const Blocks& blocks, int64_t first, int tokens
   };
   const auto sums_of = [&](int i) { return reinterpret_cast<int32_t*>(sums + i * apart); };
   const uint8_t* x = prepared + first * padded(g);
-  for (int i = 0; i < blocks.count && tokens <= kTile; ++i) {
-    multiply_few(g, codes_of(blocks.at[i]), t_of(blocks.at[i]), x, operands, sums_of(i));
+  for (int i = 0; i < blocks.count && tokens <= kFew; ++i) {
+    for (int m = 0; m < tokens; m += kTile) {
+      multiply_few(g, codes_of(blocks.at[i]), t_of(blocks.at[i]), x + m * padded(g), operands,
+                   sums_of(i) + m * kBlock);
+    }
   }
   constexpr int64_t most = kColumnsTogether;
-  for (int64_t k = 0; k < padded(g) && tokens > kTile; k += most, x += most * kTile) {
+  for (int64_t k = 0; k < padded(g) && tokens > kFew; k += most, x += most * kTile) {
     const int64_t columns = padded(g) - k < most ? padded(g) - k : most;
     const bool end = k + columns == padded(g);
     for (int i = 0; i < blocks.count; ++i) {
