@@ -23,6 +23,7 @@ constexpr int64_t kSpanOperands = kBlock * kSpan;
 
 int tokens_together(const Gemm& g) { return g.m < kTogether ? static_cast<int>(g.m) : kTogether; }
 
+// 1.1 MiB of BF16 tokens where K is 4096, of an L2 cache of two.
 int64_t amx_most_tokens(const Gemm&) { return 144; }
 int64_t amx_scratch_bytes(const Gemm&) { return sizeof(Operand) * kSpanOperands * kSpansTogether; }
 
@@ -119,7 +120,7 @@ void amx_multiply(const Gemm& g, const Blocks& blocks, int64_t first, int tokens
   for (int i = 0; i < blocks.count && tokens <= kTogether; ++i) {
     const auto operands_of = [&](int64_t span) { return operands + span % 2 * kSpanOperands; };
     zero_tiles();
-    if (g.spans() > 0) unpack_span(unpacking, blocks.at[i], 0, operands);
+    unpack_span(unpacking, blocks.at[i], 0, operands);
     for (int64_t span = 0; span < g.spans(); ++span) {
       // A span ahead of their use: tiles are loaded from the cache, not from stores under way.
       if (span + 1 < g.spans())

@@ -13,7 +13,7 @@
 namespace quant {
 
 constexpr int kBlock = 64;
-constexpr int kMostBlocks = 9;  // of an item: four of the gate, and five that hold as many of up
+constexpr int kMostBlocks = 5;  // of an item: four, or two of the gate and three that hold up
 constexpr int kFp8Rows = 8;     // unpacked together over all of K
 constexpr int kSpan = 128;
 
