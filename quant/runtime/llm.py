@@ -19,6 +19,7 @@ from quant.runtime.batch import pages_needed
 from quant.runtime.detokenizer import TextStream
 from quant.runtime.graphs import DecodeGraphs
 from quant.runtime.model import load_model
+from quant.runtime.recordings import DecodeRecordings
 from quant.runtime.sampling import SamplingParams
 from quant.runtime.scheduler import Request, Scheduler
 from quant_kernels.packing import KV_PAGE
@@ -43,7 +44,7 @@ class LLM:
     in chunks. kv_cache_memory_bytes: of the KV cache; None is what max_num_seqs sequences of
     max_model_len take, as far as there is room. dtype: of what is not packed, and of the KV cache
     where the checkpoint has no format for it ("auto": as stored). device: "auto" takes a GPU where
-    there is one. enforce_eager: no CUDA graphs.
+    there is one. enforce_eager: no CUDA graphs, and no recordings on a CPU.
 
     Raises RequestError where the model does not run here.
     """
@@ -89,8 +90,9 @@ class LLM:
         pages = cache_pages(size, max_num_seqs, max_model_len, target, kv_cache_memory_bytes)
         self.cache = self.model.new_cache(pages, max_model_len)
         graphs = None
-        if target.type == "cuda" and not enforce_eager:
-            graphs = DecodeGraphs(self.model, self.cache, max_model_len)
+        if not enforce_eager:
+            kind_of_graphs = DecodeGraphs if target.type == "cuda" else DecodeRecordings
+            graphs = kind_of_graphs(self.model, self.cache, max_model_len)
         self.scheduler = Scheduler(
             self.model,
             self.cache,
