@@ -17,9 +17,8 @@ from quant.memory import available_bytes
 from quant.outputs import CompletionOutput, RequestOutput, StreamOutput
 from quant.runtime.batch import pages_needed
 from quant.runtime.detokenizer import TextStream
-from quant.runtime.graphs import DecodeGraphs
 from quant.runtime.model import load_model
-from quant.runtime.recordings import DecodeRecordings
+from quant.runtime.recordings import recorded_steps
 from quant.runtime.sampling import SamplingParams
 from quant.runtime.scheduler import Request, Scheduler
 from quant_kernels.packing import KV_PAGE
@@ -89,10 +88,6 @@ class LLM:
         size = self.model.bytes_per_token
         pages = cache_pages(size, max_num_seqs, max_model_len, target, kv_cache_memory_bytes)
         self.cache = self.model.new_cache(pages, max_model_len)
-        graphs = None
-        if not enforce_eager:
-            kind_of_graphs = DecodeGraphs if target.type == "cuda" else DecodeRecordings
-            graphs = kind_of_graphs(self.model, self.cache, max_model_len)
         self.scheduler = Scheduler(
             self.model,
             self.cache,
@@ -100,7 +95,7 @@ class LLM:
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
             max_num_batched_tokens=max_num_batched_tokens,
-            graphs=graphs,
+            graphs=None if enforce_eager else recorded_steps(self.model, self.cache, max_model_len),
         )
         # Of the streams that are being read: what was computed and not yet taken.
         self._outboxes: dict[Request, deque[StreamOutput]] = {}

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from quant.runtime.batch import Batch, pages_needed
 from quant.runtime.buffers import Buffers
+from quant.runtime.graphs import DecodeGraphs
 from quant.runtime.model import Cache, Model
 from quant_kernels import cpu_calls
 
@@ -95,6 +96,14 @@ class DecodeRecordings:
             self._bytes += buffers.nbytes + static.block_table.nbytes
             self._recorded[key] = _Recorded(static, hidden, buffers, cpu_calls.Replay(calls))
         return hidden
+
+
+def recorded_steps(
+    model: Model, cache: Cache, max_model_len: int
+) -> DecodeGraphs | DecodeRecordings:
+    """What records the decode steps of a model on its device."""
+    kind = DecodeGraphs if model.device.type == "cuda" else DecodeRecordings
+    return kind(model, cache, max_model_len)
 
 
 def _copy(batch: Batch, to: Batch) -> None:

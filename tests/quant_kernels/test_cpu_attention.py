@@ -298,7 +298,8 @@ except RuntimeError as error:
 """
     refusal = (
         "quantize_activation: the instruction set that was asked for is unknown, or this machine "
-        f"lacks it; this machine has {', '.join(cpu.isas())} (argument of set_isa, or $QUANT_CPU_ISA)"
+        f"lacks it; this machine has {', '.join(cpu.isas())} (argument of set_isa, or "
+        "$QUANT_CPU_ISA)"
     )
     for name, wanted in (("portable", "portable"), ("avx1024", refusal), ("", cpu.isas()[0])):
         done = subprocess.run(
