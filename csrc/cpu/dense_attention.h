@@ -2,9 +2,12 @@
 //
 //   S_t = q . k_t sm_scale log2(e),   O = sum p_t v_t / sum p_t
 //
-// A page's rows are widened four at a time, for all rows of the tile that see them. Sums over
-// channels are LANES sums, folded at the end; those over keys ascend. Keys that a row does not see
-// are not multiplied: what memory holds there may be anything.
+// Up to ROWS rows of a token, which see the same keys, share what is widened to FP32:
+//
+//   scores   FOUR keys at a time: LANES sums over channels each, folded into four numbers
+//   outputs  WIDE vectors of channels at a time stay in registers for all keys of a page
+//
+// Keys that a row does not see are not multiplied: what memory holds there may be anything.
 #ifndef QUANT_DENSE_ATTENTION_H_
 #define QUANT_DENSE_ATTENTION_H_
 
@@ -12,6 +15,24 @@
 
 namespace quant {
 namespace QUANT_ISA {
+
+constexpr int FOUR = 4, WIDE = 4;
+constexpr int ROWS = LANES == 16 ? 5 : 2;  // that registers hold sums of
+
+// The sums of four vectors, each in the same order.
+inline void store_four_sums(float* p, const F32* x) {
+#if defined(__AVX512F__)
+  const __m512 a = _mm512_unpacklo_ps(x[0], x[1]) + _mm512_unpackhi_ps(x[0], x[1]);
+  const __m512 b = _mm512_unpacklo_ps(x[2], x[3]) + _mm512_unpackhi_ps(x[2], x[3]);
+  const __m512d c = _mm512_castps_pd(a), d = _mm512_castps_pd(b);
+  const __m512 four =
+      _mm512_castpd_ps(_mm512_unpacklo_pd(c, d)) + _mm512_castpd_ps(_mm512_unpackhi_pd(c, d));
+  const __m256 half = _mm512_castps512_ps256(four) + _mm512_extractf32x8_ps(four, 1);
+  _mm_storeu_ps(p, _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1));
+#else
+  for (int j = 0; j < FOUR; ++j) p[j] = sum(x[j]);
+#endif
+}
 
 template <class T>
 class DenseTile {
@@ -33,110 +54,127 @@ class DenseTile {
     for_pages(rows_, span, [&](int64_t index, int64_t begin, int64_t end) {
       const PageRows at(rows_, index);
       const T* const cache = static_cast<const T*>(rows_.call.kv);
-      const int64_t stored = rows_.kv_len - index * PAGE;
-      const int64_t keys = stored < PAGE ? stored : PAGE;
-      score(cache + at.keys * dim_, keys, begin, end);
-      for (int64_t r = begin; r < end; ++r) exponentiate(r, index * PAGE, state);
-      add(cache + at.values * dim_, keys, begin, end, state);
+      const T *const keys = cache + at.keys * dim_, *const values = cache + at.values * dim_;
+      for (int64_t r = begin, next; r < end; r = next) {
+        next = r + 1;
+        while (next < end && next < r + ROWS && rows_.token(next) == rows_.token(r)) ++next;
+        const int64_t low = rows_.first_key(r) - index * PAGE;
+        const int64_t high = rows_.end_key(r) - index * PAGE;
+        low_ = low > 0 ? low : 0;
+        high_ = high < PAGE ? high : PAGE;
+        some_rows<ROWS>(next - r, keys, values, r, state);
+      }
     });
   }
 
  private:
-  static constexpr int FOUR = 4;  // keys that are widened together
-
-  // Rows [first, first + FOUR) of a page as FP32, those behind `count` zeros.
-  void widen(const T* rows, int64_t first, int64_t count) {
-    for (int64_t j = 0; j < FOUR; ++j) {
-      const T* row = rows + (first + j) * dim_;
-      __builtin_prefetch(row + FOUR * dim_);
-      for (int64_t i = 0; i < dim_; i += LANES) {
-        store(wide_[j] + i, first + j < count ? load(row + i) : F32{});
-      }
+  template <int R>
+  void some_rows(int64_t count, const T* keys, const T* values, int64_t r, State& state) {
+    if constexpr (R > 1) {
+      if (count < R) return some_rows<R - 1>(count, keys, values, r, state);
     }
+    score<R>(keys, r);
+    for (int i = 0; i < R; ++i) exponentiate(i, r + i, state);
+    add<R>(values, state.out + r * dim_);
   }
 
-  void score(const T* keys, int64_t count, int64_t begin, int64_t end) {
-    for (int64_t first = 0; first < count; first += FOUR) {
-      widen(keys, first, count);
-      for (int64_t r = begin; r < end; ++r) {
-        F32 sums[FOUR] = {};
-        for (int64_t i = 0; i < dim_; i += LANES) {
-          const F32 q = load(q_[r] + i);
-#pragma GCC unroll 4
-          for (int j = 0; j < FOUR; ++j) sums[j] = fma(q, load(wide_[j] + i), sums[j]);
+  // p_[i][t] = q_[r + i] . k_t. The last keys are read again where no multiple of four are seen.
+  template <int R>
+  void score(const T* keys, int64_t r) {
+    for (int64_t first = low_ / FOUR * FOUR; first < high_; first += FOUR) {
+      const T* key[FOUR];
+      for (int j = 0; j < FOUR; ++j) {
+        int64_t t = first + j < high_ ? first + j : high_ - 1;
+        if (t < low_) t = low_;
+        key[j] = keys + t * dim_;
+        for (int64_t i = 0; i < dim_; i += 64 / sizeof(T)) {
+          __builtin_prefetch(key[j] + 2 * FOUR * dim_ + i);
         }
-#pragma GCC unroll 4
-        for (int j = 0; j < FOUR; ++j) p_[r][first + j] = sum(sums[j]);
       }
+      F32 sums[R][FOUR] = {};
+      for (int64_t i = 0; i < dim_; i += LANES) {
+        F32 k[FOUR];
+#pragma GCC unroll 4
+        for (int j = 0; j < FOUR; ++j) k[j] = load(key[j] + i);
+#pragma GCC unroll 5
+        for (int n = 0; n < R; ++n) {
+          const F32 q = load(q_[r + n] + i);
+#pragma GCC unroll 4
+          for (int j = 0; j < FOUR; ++j) sums[n][j] = fma(q, k[j], sums[n][j]);
+        }
+      }
+#pragma GCC unroll 5
+      for (int n = 0; n < R; ++n) store_four_sums(p_[n] + first, sums[n]);
     }
   }
 
-  // A row's scores of a page become its p; 0 where it does not see the key.
-  void exponentiate(int64_t r, int64_t first_key, State& state) {
-    const int64_t low = rows_.first_key(r) - first_key, high = rows_.end_key(r) - first_key;
-    low_[r] = low > 0 ? low : 0;
-    high_[r] = high < PAGE ? high : PAGE;
-    F32 x[PAGE / LANES], highest = splat(-__builtin_inff());
-    for (int j = 0; j < PAGE / LANES; ++j) {
+  // Scores become p, 0 for keys that are not seen.
+  void exponentiate(int n, int64_t r, State& state) {
+    constexpr int N = PAGE / LANES;
+    const F32 nothing = splat(-__builtin_inff());
+    F32 x[N], highest = nothing;
+    I32 seen[N];
+    for (int j = 0; j < N; ++j) {
       const I32 key = iota() + j * LANES;
-      const I32 seen =
-          (key >= static_cast<int32_t>(low_[r])) & (key < static_cast<int32_t>(high_[r]));
-      x[j] = select(seen, load(p_[r] + j * LANES) * unit_, splat(-__builtin_inff()));
+      seen[j] = (key >= static_cast<int32_t>(low_)) & (key < static_cast<int32_t>(high_));
+      x[j] = select(seen[j], load(p_[n] + j * LANES) * unit_, nothing);
       highest = max(highest, x[j]);
     }
     const float top = __builtin_ceilf(largest(highest)), before = state.top[r];
     const float now = top <= before ? before : top;
-    fade_[r] = power_of_two(before - now);
+    fade_[n] = power_of_two(before - now);
     state.top[r] = now;
     F32 total = {};
-    for (int j = 0; j < PAGE / LANES; ++j) {
-      const F32 p = select(x[j] == -__builtin_inff(), F32{}, exp2_nonpositive(x[j] - now));
-      store(p_[r] + j * LANES, p);
+    for (int j = 0; j < N; ++j) {
+      const F32 p = select(seen[j], exp2_nonpositive(x[j] - now), F32{});
+      store(p_[n] + j * LANES, p);
       total += p;
     }
     float* const to = state.total + r * SUM_LANES;
-    store(to, fma(load(to), splat(fade_[r]), total));
+    store(to, fma(load(to), splat(fade_[n]), total));
   }
 
-  void add(const T* values, int64_t count, int64_t begin, int64_t end, State& state) {
-    for (int64_t r = begin; r < end; ++r) {
-      float* const out = state.out + r * dim_;
-      for (int64_t i = 0; i < dim_ && fade_[r] != 1.0f; i += LANES) {
-        store(out + i, load(out + i) * fade_[r]);
+  // out[n, :] = out[n, :] fade + sum_t p_[n][t] v_t
+  template <int R>
+  void add(const T* values, float* out) {
+    int64_t i = 0;
+    for (; i + WIDE * LANES <= dim_; i += WIDE * LANES) add<R, WIDE>(values + i, out + i);
+    for (; i < dim_; i += LANES) add<R, 1>(values + i, out + i);
+  }
+  template <int R, int W>
+  void add(const T* values, float* out) {
+    F32 sums[R][W];
+#pragma GCC unroll 5
+    for (int n = 0; n < R; ++n) {
+#pragma GCC unroll 4
+      for (int w = 0; w < W; ++w) sums[n][w] = load(out + n * dim_ + w * LANES) * fade_[n];
+    }
+    for (int64_t t = low_; t < high_; ++t) {
+      __builtin_prefetch(values + (t + 8) * dim_);
+      F32 v[W];
+#pragma GCC unroll 4
+      for (int w = 0; w < W; ++w) v[w] = load(values + t * dim_ + w * LANES);
+#pragma GCC unroll 5
+      for (int n = 0; n < R; ++n) {
+        const F32 p = splat(p_[n][t]);
+#pragma GCC unroll 4
+        for (int w = 0; w < W; ++w) sums[n][w] = fma(p, v[w], sums[n][w]);
       }
     }
-    for (int64_t first = 0; first < count; first += FOUR) {
-      widen(values, first, count);
-      for (int64_t r = begin; r < end; ++r) {
-        float* const out = state.out + r * dim_;
-        const float* const p = p_[r] + first;
-        if (low_[r] <= first && first + FOUR <= high_[r]) {
-          for (int64_t i = 0; i < dim_; i += LANES) {
-            F32 sums = load(out + i);
+#pragma GCC unroll 5
+    for (int n = 0; n < R; ++n) {
 #pragma GCC unroll 4
-            for (int j = 0; j < FOUR; ++j) sums = fma(splat(p[j]), load(wide_[j] + i), sums);
-            store(out + i, sums);
-          }
-          continue;
-        }
-        for (int64_t j = 0; j < FOUR; ++j) {
-          if (first + j < low_[r] || first + j >= high_[r]) continue;
-          for (int64_t i = 0; i < dim_; i += LANES) {
-            store(out + i, fma(splat(p[j]), load(wide_[j] + i), load(out + i)));
-          }
-        }
-      }
+      for (int w = 0; w < W; ++w) store(out + n * dim_ + w * LANES, sums[n][w]);
     }
   }
 
   Rows rows_;
   int64_t dim_;
   float unit_;
+  int64_t low_ = 0, high_ = 0;  // of the page, the keys that the rows at hand see
   alignas(64) float q_[TILE_ROWS][MAX_HEAD_DIM];
-  alignas(64) float wide_[FOUR][MAX_HEAD_DIM];
-  alignas(64) float p_[TILE_ROWS][PAGE];
-  float fade_[TILE_ROWS];
-  int64_t low_[TILE_ROWS], high_[TILE_ROWS];  // of the page, the keys that a row sees
+  alignas(64) float p_[ROWS][PAGE];
+  float fade_[ROWS];
 };
 
 }  // namespace QUANT_ISA
