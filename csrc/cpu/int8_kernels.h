@@ -141,11 +141,24 @@ void unpack(const Gemm& g, const uint8_t* codes, const uint8_t* t, int64_t first
   }
 }
 
-// sums += x operands^T for `Tokens` tokens, the loop that everything else is there for. `ahead` is
-// a place in the weight that will be read soon.
+// Lines of the weight that will be read soon, fetched into the L2 cache one a step: what goes on to
+// L1 holds a fill buffer until memory has answered, and tokens that come from L2 wait for one.
+struct Ahead {
+  const uint8_t* at;
+  int64_t lines;  // at most; 0 for none
+
+  Ahead next(int64_t steps) {
+    const Ahead part = {at, lines < steps ? lines : steps};
+    at += part.lines * 64;
+    lines -= part.lines;
+    return part;
+  }
+};
+
+// sums += x operands^T for `Tokens` tokens, the loop that everything else is there for.
 template <int Tokens>
 __attribute__((noinline)) void tile(const uint8_t* operands, int64_t steps, const int8_t* x,
-                                    int64_t x_stride, int32_t* sums, const uint8_t* ahead) {
+                                    int64_t x_stride, int32_t* sums, Ahead ahead) {
   for (int first = 0; first < kVectors; first += kTileVectors) {
     V sum[Tokens][kTileVectors];
 #pragma GCC unroll 8
@@ -157,7 +170,7 @@ __attribute__((noinline)) void tile(const uint8_t* operands, int64_t steps, cons
     }
     const uint8_t* w = operands + first * kBytes;
     for (int64_t step = 0; step < steps; ++step) {
-      __builtin_prefetch(ahead + step * 64);
+      if (step < ahead.lines) __builtin_prefetch(ahead.at + step * 64, 0, 2);
       V weight[kTileVectors];
 #pragma GCC unroll 8
       for (int v = 0; v < kTileVectors; ++v) weight[v] = load(w + step * 4 * kBlock + v * kBytes);
@@ -181,7 +194,7 @@ __attribute__((noinline)) void tile(const uint8_t* operands, int64_t steps, cons
 // As many tokens as a tile takes, at most Tokens; returns their number.
 template <int Tokens>
 int tiles(int left, const uint8_t* operands, int64_t steps, const int8_t* x, int64_t x_stride,
-          int32_t* sums, const uint8_t* ahead) {
+          int32_t* sums, Ahead ahead) {
   if constexpr (Tokens > 1) {
     if (left < Tokens) {
       return tiles<Tokens - 1>(left, operands, steps, x, x_stride, sums, ahead);
@@ -320,19 +333,17 @@ void int8_block(const Gemm& g, int64_t block, int64_t next, int64_t first, int t
   for (int64_t k = 0; k < g.k; k += most) {
     const int64_t columns = g.k - k < most ? g.k - k : most;
     unpack(g, codes + k / 4 * 2 * kBlock, t, k, columns, operands);
-    // What comes next is fetched while the tokens are multiplied, some lines a tile.
-    const uint8_t* ahead = codes + (k + most) / 4 * 2 * kBlock;
-    int64_t lines = (g.k - k - columns < most ? g.k - k - columns : most) / 2;
-    if (lines == 0) {
-      ahead = g.codes + next * (g.k / 4) * 2 * kBlock;
-      lines = next < 0 ? 0 : (g.k < most ? g.k : most) / 2;
+    // What comes next is fetched while the tokens are multiplied, an even part in every tile.
+    const int64_t left = g.k - k - columns;
+    Ahead ahead = {codes + (k + columns) / 4 * 2 * kBlock, (left < most ? left : most) / 2};
+    if (left == 0 && next >= 0) {
+      ahead = {g.codes + next * (g.k / 4) * 2 * kBlock, (g.k < most ? g.k : most) / 2};
     }
+    const int64_t calls = (tokens + kTileTokens - 1) / kTileTokens;
+    const int64_t part = (ahead.lines + calls - 1) / calls;
     for (int m = 0; m < tokens;) {
-      const bool fetch = lines > 0;
       m += tiles<kTileTokens>(tokens - m, operands, columns / 4, x + m * g.x_stride + k, g.x_stride,
-                              sums + m * kBlock, fetch ? ahead : operands);
-      ahead += columns / 4 * 64;
-      lines -= columns / 4;
+                              sums + m * kBlock, ahead.next(part));
     }
   }
 }

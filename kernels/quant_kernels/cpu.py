@@ -59,6 +59,13 @@ def empty_bytes(*shape: int) -> Tensor:
     return whole[start : start + count].view(shape)
 
 
+def in_huge_pages(x: Tensor) -> Tensor:
+    """x, copied to where `empty_bytes` puts it if it is large and on the CPU."""
+    if x.device.type != "cpu" or x.nbytes < HUGE_PAGE:
+        return x
+    return empty_bytes(x.nbytes).view(x.dtype).view(x.shape).copy_(x)
+
+
 def unpack_int4(packed: Tensor, columns: int) -> Tensor:
     """INT4 codes out of the compressed-tensors "pack-quantized" layout.
 

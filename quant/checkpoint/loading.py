@@ -18,6 +18,7 @@ from quant.checkpoint.reader import CheckpointReader
 from quant.checkpoint.side import read_side
 from quant.decoder import Block, Decoder, Linear, check_head_dim
 from quant.errors import RequestError
+from quant_kernels import cpu
 from quant_kernels.formats import WeightFormat, on_grid
 from quant_kernels.packing import PackedWeight
 
@@ -53,6 +54,8 @@ class DecoderSource:
         self._reader.check_shapes(self.config.outer_shapes())
         self._reader.check_tied()
         self.embedding = self._reader.read(f"{EMBEDDING}.weight", dtype).to(self._device)
+        if self.config.tie_word_embeddings:
+            self.embedding = cpu.in_huge_pages(self.embedding)
 
     def blocks(self) -> Iterator[Block]:
         """First to last."""
@@ -73,7 +76,7 @@ class DecoderSource:
     def lm_head(self) -> Tensor:
         """[V, H]: the embedding itself where they are tied."""
         tied = self.config.tie_word_embeddings
-        return self.embedding if tied else self._read(f"{LM_HEAD}.weight")
+        return self.embedding if tied else cpu.in_huge_pages(self._read(f"{LM_HEAD}.weight"))
 
     @property
     def _layers(self) -> range:
