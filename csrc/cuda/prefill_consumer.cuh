@@ -1,7 +1,7 @@
 // What a warpgroup of a prefill block makes of its rows' pages.
 #pragma once
 
-#include "cuda/prefill_unpack.cuh"
+#include "cuda/prefill_tile.cuh"
 #include "cuda/rows.cuh"
 
 namespace quant {
@@ -12,7 +12,10 @@ struct PrefillConsumer {
   using Score = float[kScores];
   using Part = float[kPart];
   using Operand = uint32_t[2][4];  // P of 32 slots each
-  using Fade = float[2];           // of what was summed before a page
+  // Of a page: what becomes of sums before it, and from its P V to O.
+  struct Units {
+    float fade[2], back;
+  };
 
   const PrefillParams& params;
   const AttentionParams& p;
@@ -54,7 +57,7 @@ struct PrefillConsumer {
       if (there) x = *reinterpret_cast<const uint4*>(query(row) + byte);
       codes += (sum_of_e4m3(x.x) + sum_of_e4m3(x.y)) + (sum_of_e4m3(x.z) + sum_of_e4m3(x.w));
       char* slab = to + byte / 128 * C::kSlabBytes;
-      *reinterpret_cast<uint4*>(slab + swizzled_place(of_group, byte % 128)) = x;
+      *reinterpret_cast<uint4*>(slab + swizzled_place<128>(of_group, byte % 128)) = x;
     }
     codes += shuffle_xor(codes, 1);
     if (thread % 2 == 0) {
@@ -81,10 +84,11 @@ struct PrefillConsumer {
 
   // --- MMAs; n counts the tile's pages ---
   QUANT_DEVICE void multiply_keys(int n, Score& score) const {
-    const int stage = stage_of(n);
-    barrier_wait(shared.key_full + stage, parity_of(n));
+    const int stage = C::stage_of(n);
+    barrier_wait(shared.key_full + stage, C::parity_of(n));
     const Descriptor query = describe(shared.queries + group * C::kSlabs * C::kSlabBytes);
-    const Descriptor key = advance(describe(shared.key_tile(stage)), shared.key_byte(stage));
+    const Descriptor key =
+        advance(describe<C::kKeyRow>(shared.key_tile(stage)), shared.key_byte(stage));
     QUANT_UNROLL for (int i = 0; i < kScores; ++i) mma_operand(score[i]);
     mma_fence();
     QUANT_UNROLL for (int step = 0; step < C::kDim / 32; ++step) {
@@ -94,10 +98,10 @@ struct PrefillConsumer {
     mma_commit();
   }
   QUANT_DEVICE void multiply_values(int n, int piece, const Operand& operand, Part& part) const {
-    const int stage = stage_of(n);
-    if (piece == 0) barrier_wait(shared.value_full + stage, parity_of(n));
-    const Descriptor value = advance(describe(shared.value_tile(stage)),
-                                     shared.value_byte(stage) + piece * C::kPiece * 128);
+    const int stage = C::stage_of(n);
+    if (piece == 0) barrier_wait(shared.value_full + stage, C::parity_of(n));
+    const Descriptor value = advance(describe<C::kValueRow>(shared.value_tile(stage)),
+                                     shared.value_byte(stage) + piece * C::kPiece * C::kValueRow);
     mma_fence();
     QUANT_UNROLL for (int step = 0; step < 2; ++step) {
       mma<E4M3, C::kPiece>(part, operand[step], advance(value, 32 * step), step > 0);
@@ -106,7 +110,7 @@ struct PrefillConsumer {
   }
   QUANT_DEVICE void give_back(Barrier* empty, int n) const {
     warp_sync();
-    if (thread % 32 == 0) barrier_arrive(empty + stage_of(n));
+    if (thread % 32 == 0) barrier_arrive(empty + C::stage_of(n));
   }
 
   // --- pages [begin, end) of the tile's, those outside [whole, whole_end) masked ---
@@ -120,7 +124,7 @@ struct PrefillConsumer {
     float x[4];
   };
   QUANT_DEVICE Four plane(int n, int which, int step, int h) const {
-    const float* from = shared.planes + (stage_of(n) * 4 + which) * kPage;
+    const float* from = shared.plane(C::stage_of(n)) + which * kPage;
     return *reinterpret_cast<const Four*>(from + 32 * step + 16 * h + 4 * q);
   }
   // Where slot 32 step + 16 h + 4 q + b of row i is in a thread's S.
@@ -158,7 +162,7 @@ struct PrefillConsumer {
   QUANT_DEVICE float unit(int i) const { return C::kCaps ? 1 : shared.row_unit[row(i)]; }
   // Whether the page goes on to P: not where kSkipping, and all rows of the warpgroup find it
   // negligible. Their M stays then, and fade is 1.
-  QUANT_DEVICE bool raise_top(int n, const Range& range, Score& score, Fade& fade) {
+  QUANT_DEVICE bool raise_top(int n, const Range& range, Score& score, Units& units) {
     bool negligible = true;
     if (range.masked(n)) mask(tile.begin + n, score);
     QUANT_UNROLL for (int i = 0; i < 2; ++i) {
@@ -170,23 +174,24 @@ struct PrefillConsumer {
       largest = fmaxf(largest, shuffle_xor(largest, 2));
       const float in_page = largest * unit(i), now = fmaxf(top[i], ceilf(in_page));
       negligible = negligible && in_page < top[i] - params.negligible;
-      fade[i] = exponential2(top[i] - now);
+      units.fade[i] = exponential2(top[i] - now);
       top[i] = now;
-      total[i] *= fade[i];
-      offsets[i] *= fade[i];
+      total[i] *= units.fade[i];
+      offsets[i] *= units.fade[i];
     }
     if constexpr (C::kSkipping) return !all_of_group(1 + group, 128, negligible);
     return true;
   }
-  QUANT_DEVICE void exponentiate(int n, const Score& score, Operand& operand) {
-    const float units[2] = {unit(0), unit(1)};
+  QUANT_DEVICE void exponentiate(int n, const Score& score, Operand& operand, Units& units) {
+    const float scale[2] = {unit(0), unit(1)};
+    units.back = shared.plane(C::stage_of(n))[C::Image::kBack];
     QUANT_UNROLL for (int at = 0; at < 4; ++at) {
       const Four weight = plane(n, 2, at / 2, at % 2), offset = plane(n, 3, at / 2, at % 2);
       QUANT_UNROLL for (int i = 0; i < 2; ++i) {
         float y[4];
         QUANT_UNROLL for (int b = 0; b < 4; ++b) {
           const float x = score[index(at / 2, at % 2, b, i)];
-          const float one = exponential2(x * units[i] - top[i]);
+          const float one = exponential2(x * scale[i] - top[i]);
           total[i] += one;
           offsets[i] += one * offset.x[b];
           y[b] = one * weight.x[b];
@@ -199,23 +204,22 @@ struct PrefillConsumer {
     }
     give_back(shared.key_empty, n);
   }
-  QUANT_DEVICE void add(int n, int piece, const Fade& fade, Part& part) {
+  QUANT_DEVICE void add(int piece, const Units& units, Part& part) {
     QUANT_UNROLL for (int i = 0; i < kPart; ++i) mma_operand(part[i]);
     float* to = sum + piece * kPart;
-    const float back = shared.back[n & (kBacks - 1)];
-    if (any_of_warp(fade[0] != 1 || fade[1] != 1)) {
-      QUANT_UNROLL for (int i = 0; i < kPart; ++i) to[i] *= fade[i / 2 % 2];
+    if (any_of_warp(units.fade[0] != 1 || units.fade[1] != 1)) {
+      QUANT_UNROLL for (int i = 0; i < kPart; ++i) to[i] *= units.fade[i / 2 % 2];
     }
-    QUANT_UNROLL for (int i = 0; i < kPart; ++i) to[i] += part[i] * back;
+    QUANT_UNROLL for (int i = 0; i < kPart; ++i) to[i] += part[i] * units.back;
   }
   // From piece `first` on, one after the other.
-  QUANT_DEVICE void add_pieces(int n, int first, const Operand& operand, const Fade& fade,
+  QUANT_DEVICE void add_pieces(int n, int first, const Operand& operand, const Units& units,
                                Part& part) {
     QUANT_UNROLL for (int piece = 0; piece < C::kPieces; ++piece) {
       if (piece < first) continue;
       multiply_values(n, piece, operand, part);
       mma_wait<0>();
-      add(n, piece, fade, part);
+      add(piece, units, part);
     }
     give_back(shared.value_empty, n);
   }
@@ -223,44 +227,43 @@ struct PrefillConsumer {
   // V of a page that is negligible. Without the wait this warpgroup could be a round of stages
   // ahead of the other one or of the producer, and its arrivals would count for an earlier page.
   QUANT_DEVICE void pass_values(int n) const {
-    barrier_wait(shared.value_full + stage_of(n), parity_of(n));
+    barrier_wait(shared.value_full + C::stage_of(n), C::parity_of(n));
     give_back(shared.value_empty, n);
   }
 
   struct Pipeline {
     Score product, score;  // Q K of a page; what the page before it has become
     Operand operand;
-    Fade fade;
+    Units units;
     Part part;
   };
   // Page n begins (there is none where kEnds), n - 1 becomes P, and n - 2 is added where kPending:
   // where it has a P. Whether n - 1 has one.
   template <bool kEnds, bool kPending>
   QUANT_DEVICE bool advance_pages(int n, const Range& range, Pipeline& r) {
-    Fade fade;
+    Units units;
     if constexpr (kPending) multiply_values(n - 2, 0, r.operand, r.part);
     scale(n - 1, r.product, r.score);
     if constexpr (kPending && C::kPieces == 2) {
       mma_wait<0>();
-      add(n - 2, 0, r.fade, r.part);
+      add(0, r.units, r.part);
       multiply_values(n - 2, 1, r.operand, r.part);
     }
     if constexpr (!kEnds) multiply_keys(n, r.product);
-    const bool counts = raise_top(n - 1, range, r.score, fade);
+    const bool counts = raise_top(n - 1, range, r.score, units);
     if constexpr (kPending) {
       mma_wait<kEnds ? 0 : 1>();
-      add(n - 2, C::kPieces - 1, r.fade, r.part);
+      add(C::kPieces - 1, r.units, r.part);
       give_back(shared.value_empty, n - 2);
     } else {
       pass_values(n - 2);
     }
     if (counts) {
-      exponentiate(n - 1, r.score, r.operand);
+      exponentiate(n - 1, r.score, r.operand, units);
     } else {
       give_back(shared.key_empty, n - 1);
     }
-    r.fade[0] = fade[0];
-    r.fade[1] = fade[1];
+    r.units = units;
     mma_wait<0>();
     return counts;
   }
@@ -276,8 +279,8 @@ struct PrefillConsumer {
     multiply_keys(range.begin, r.product);
     mma_wait<0>();
     scale(range.begin, r.product, r.score);
-    raise_top(range.begin, range, r.score, r.fade);
-    exponentiate(range.begin, r.score, r.operand);
+    raise_top(range.begin, range, r.score, r.units);
+    exponentiate(range.begin, r.score, r.operand, r.units);
     const int second = range.begin + 1;
     bool pending = true;
     if (second < range.end) {
@@ -289,7 +292,7 @@ struct PrefillConsumer {
       pending = advance_pages<true>(range.end, range, r, pending);
     }
     if (pending) {
-      add_pieces(range.end - 1, 0, r.operand, r.fade, r.part);
+      add_pieces(range.end - 1, 0, r.operand, r.units, r.part);
     } else {
       pass_values(range.end - 1);
     }
@@ -298,21 +301,21 @@ struct PrefillConsumer {
   QUANT_DEVICE void two_stages(const Range& range) {
     Score score;
     Operand operand;
-    Fade fade;
+    Units units;
     Part part;
     multiply_keys(range.begin, score);
     mma_wait<0>();
     for (int n = range.begin; n < range.end; ++n) {
       scale(n, score, score);
-      const bool counts = raise_top(n, range, score, fade);
+      const bool counts = raise_top(n, range, score, units);
       if (counts) {
-        exponentiate(n, score, operand);
+        exponentiate(n, score, operand, units);
       } else {
         give_back(shared.key_empty, n);
       }
       if (n + 1 < range.end) multiply_keys(n + 1, score);
       if (counts) {
-        add_pieces(n, 0, operand, fade, part);
+        add_pieces(n, 0, operand, units, part);
       } else {
         pass_values(n);
         mma_wait<0>();
@@ -323,8 +326,8 @@ struct PrefillConsumer {
   // Pages of the tile that no row of this warpgroup sees.
   QUANT_DEVICE void skip(int begin, int end) const {
     for (int n = begin; n < end; ++n) {
-      barrier_wait(shared.key_full + stage_of(n), parity_of(n));
-      barrier_wait(shared.value_full + stage_of(n), parity_of(n));
+      barrier_wait(shared.key_full + C::stage_of(n), C::parity_of(n));
+      barrier_wait(shared.value_full + C::stage_of(n), C::parity_of(n));
       give_back(shared.key_empty, n);
       give_back(shared.value_empty, n);
     }

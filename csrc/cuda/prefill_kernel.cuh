@@ -44,9 +44,12 @@
 //                leaves out its exponentials and P V. The warpgroup's four warps vote: their MMAs
 //                are one. p of what is left out is below 2^-threshold of the row's largest, which
 //                is always kept; producers unpack its V all the same
+//     kExpanded  pages come unpacked (prefill_expand.cuh), and a thread copies them into 8 stages,
+//                4 of head_dim 256. Same bits: MMAs read the same operands, V^T in rows of 64 bytes
 #pragma once
 
 #include "cuda/prefill_consumer.cuh"
+#include "cuda/prefill_producer.cuh"
 
 namespace quant {
 
@@ -63,15 +66,15 @@ QUANT_DEVICE void prefill_body(const PrefillParams& params) {
   if (tile.tokens == 0) return;
   const int warp = warp_index(), producer_warp = warp - kPrefillConsumers / 32;
   if (producer_warp >= 0) {
-    registers_shrink<40>();
-    PrefillProducer<C> producer{params.shared, shared, tile, producer_warp, thread_index() % 32, 0};
-    if (producer_warp < kKeyWarps) {
-      producer.run_keys();
-    } else {
-      producer.run_values();
+    registers_shrink<C::kProducerRegisters>();
+    const int lane = thread_index() % 32;
+    if constexpr (C::kUnpacks) {
+      PrefillProducer<C>{params.shared, shared, tile, producer_warp, lane, 0}.run();
+    } else if (producer_warp == 0 && lane == 0) {
+      PrefillLoader<C>{params, shared, tile}.run();
     }
   } else {
-    registers_grow<232>();
+    registers_grow<C::kConsumerRegisters>();
     PrefillConsumer<C>(params, shared, tile, warp / kGroupWarps, thread_index()).run();
   }
 }

@@ -130,6 +130,8 @@ QUANT_DEVICE void prefetch_map(const TensorMap* map) {
 }
 // What threads wrote to shared memory becomes visible to MMAs and bulk copies.
 QUANT_DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// What they wrote to global memory, or what they see there, becomes visible to bulk copies.
+QUANT_DEVICE void fence_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
 // --- threads with each other ---
 QUANT_DEVICE void block_sync() { __syncthreads(); }
@@ -294,13 +296,16 @@ struct E4M3 {
 struct Int8 {
   using Sum = int32_t;
 };
-// Of a tile in shared memory, rows of 128 bytes, swizzled in 128 bytes: eight rows are 1024 bytes.
+// Of a tile in shared memory, rows of 128 or 64 bytes, swizzled in as many; aligned to eight rows.
 struct Descriptor {
   uint64_t word;
 };
+template <int kRow = 128>
 QUANT_DEVICE Descriptor describe(const void* tile) {
+  static_assert(kRow == 64 || kRow == 128, "");
+  constexpr uint64_t kSwizzle = kRow == 128 ? 1 : 2;
   const uint64_t address = (shared_address(tile) & 0x3FFFF) >> 4;
-  return {address | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62};
+  return {address | uint64_t{1} << 16 | uint64_t{8 * kRow >> 4} << 32 | kSwizzle << 62};
 }
 QUANT_DEVICE Descriptor advance(Descriptor tile, int bytes) { return {tile.word + (bytes >> 4)}; }
 

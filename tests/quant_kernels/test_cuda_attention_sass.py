@@ -13,19 +13,21 @@ from quant_kernels import native
 from tests.quant_kernels.sass import kernels
 from tests.quant_kernels.test_cuda_attention import DIMS
 
+EXPANDED = [f"prefill_{dim}_{options}" for dim in DIMS for options in range(4, 8)]
+
 
 @pytest.fixture(scope="module")
 def compiled() -> dict[str, list[str]]:
-    """The opcodes of every kernel: prefill_128_0, decode_128_1_0, ...
+    """The opcodes of every kernel: prefill_128_0, decode_128_1_0, expand_128, ...
 
-    The last number is its options (attention_params.h).
+    The last number of the first two is their options (attention_params.h).
     """
     library = native.find("quant_cuda")
     if library is None:
         pytest.skip("libquant_cuda.so is not built here")
     found = {}
     for name, kernel in kernels(library).items():
-        config = re.search(r"(prefill|decode)_kernel.*ConfigI((?:Li\d+E)+)", name)
+        config = re.search(r"(prefill|decode|expand)_kernel(?:.*Config)?I((?:Li\d+E)+)", name)
         if config is None:
             continue
         assert kernel.stack == 0
@@ -36,14 +38,20 @@ def compiled() -> dict[str, list[str]]:
 
 
 def test_no_kernel_spills(compiled):
-    assert len(compiled) == len(DIMS) * (4 + 2 * 2)
+    assert len(compiled) == len(DIMS) * (8 + 2 * 2 + 1)
     for name, ops in compiled.items():
         assert not any(op.startswith(("LDL", "STL")) for op in ops), name
-        assert sum(op.startswith("UBLKCP") for op in ops) >= 4, name  # codes, scales of K and V
+        copies = sum(op.startswith("UBLKCP") for op in ops)
+        if name.startswith("expand"):
+            assert copies == 0
+        elif name in EXPANDED:
+            assert copies == 2, name  # images of K, with planes, and of V
+        else:
+            assert copies >= 4, name  # codes, scales of K and V
 
 
 @pytest.mark.parametrize("dim", DIMS)
-@pytest.mark.parametrize("options", [0, 1, 2, 3])
+@pytest.mark.parametrize("options", range(8))
 def test_prefill_multiplies_in_fp8_on_warpgroups(compiled, dim, options):
     ops = compiled[f"prefill_{dim}_{options}"]
     mmas = [op for op in ops if "GMMA" in op]
@@ -51,6 +59,16 @@ def test_prefill_multiplies_in_fp8_on_warpgroups(compiled, dim, options):
     assert len(mmas) >= dim // 32 + 2 * dim // 64
     assert sum(op.startswith("USETMAXREG") for op in ops) == 2
     assert not any(op.startswith("HMMA") for op in ops)
+
+
+@pytest.mark.parametrize("dim", DIMS)
+def test_expanded_pages_are_unpacked_in_one_kernel_and_not_in_the_next(compiled, dim):
+    assert sum(op.startswith("PRMT") for op in compiled[f"expand_{dim}"]) >= 32  # transposes V
+    assert sum(op.startswith("FENCE.VIEW.ASYNC.G") for op in compiled[f"expand_{dim}"]) == 1
+    for options in range(4, 8):
+        ops = compiled[f"prefill_{dim}_{options}"]
+        assert not any(op.startswith("PRMT") for op in ops)
+        assert sum(op.startswith("FENCE.VIEW.ASYNC.G") for op in ops) == 1
 
 
 @pytest.mark.parametrize("dim", DIMS)
