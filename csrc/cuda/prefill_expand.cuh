@@ -38,10 +38,10 @@ QUANT_DEVICE void expand_body(const PrefillParams& params) {
     unpack_keys<C, Image::kKeyRow>(codes + row * C::kHalf, image, 0, thread_index());
     unpack_scales<C>(reinterpret_cast<const char*>(p.kv_scales + row),
                      reinterpret_cast<const char*>(p.kv_scales + of_values), kv_len - page * kPage,
-                     reinterpret_cast<float*>(image + Image::kTileBytes), thread_index());
+                     reinterpret_cast<float*>(image + 2 * Image::kTileBytes), thread_index());
   } else {
     for (int round = warp - kKeyWarps; round < kDim / 64; round += kValueWarps) {
-      unpack_values<C, Image::kValueRow>(codes + of_values * C::kHalf, image + Image::kKeyBytes, 0,
+      unpack_values<C, Image::kValueRow>(codes + of_values * C::kHalf, image + Image::kTileBytes, 0,
                                          lane, round);
     }
   }

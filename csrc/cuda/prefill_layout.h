@@ -33,7 +33,7 @@ QUANT_BOTH int swizzled_place(int row, int byte) {
 // A page of a KV head as MMAs read it; in global memory what it is in shared memory, so that bulk
 // copies bring it there:
 //
-//     K [64, D] | planes | V^T [D, 64]
+//     K [64, D] | V^T [D, 64] | planes
 //
 // planes: K scale and offset, V weight and offset of every slot, and from P V to O, all FP32.
 template <int kDim>
@@ -41,8 +41,7 @@ struct PageImage {
   static constexpr int kKeyRow = kDim == 64 ? 64 : 128, kValueRow = 64;  // bytes, of the tiles
   static constexpr int kTileBytes = kPage * kDim;
   static constexpr int kBack = 4 * kPage, kPlaneBytes = 4 * kBack + 16;
-  static constexpr int kKeyBytes = kTileBytes + kPlaneBytes;
-  static constexpr int kBytes = kKeyBytes + kTileBytes;
+  static constexpr int kBytes = 2 * kTileBytes + kPlaneBytes;
 };
 
 // A piece of work of the threads that unpack keys: 16 bytes of a token. Eight threads in turn read

@@ -55,8 +55,8 @@ struct PrefillProducer {
       const char* pairs = packed + 2 * C::kCodeBytes;
       barrier_wait(shared.packed_full + from, i / C::kPackedStages & 1);
       barrier_wait(shared.key_empty + stage, C::parity_of(i) ^ 1);
-      unpack_keys<C, C::kKeyRow>(packed, shared.key_tile(stage), shared.key_byte(stage),
-                                 32 * warp + lane);
+      unpack_keys<C, C::kKeyRow>(packed, shared.keys + shared.key_tile(stage),
+                                 shared.key_byte(stage), 32 * warp + lane);
       unpack_scales<C>(pairs, pairs + C::kScaleBytes, tile.kv_len - (tile.begin + i) * kPage,
                        shared.plane(stage), 32 * warp + lane);
       pass_on(shared.key_full + stage, shared.packed_empty + from);
@@ -69,7 +69,7 @@ struct PrefillProducer {
       forget(lane);
       const int from = i % C::kPackedStages, stage = C::stage_of(i);
       const char* packed = shared.packed + from * C::kPackedBytes + C::kCodeBytes;
-      char* to = shared.value_tile(stage);
+      char* to = shared.values + shared.value_tile(stage);
       const int first = shared.value_byte(stage);
       barrier_wait(shared.packed_full + from, i / C::kPackedStages & 1);
       barrier_wait(shared.value_empty + stage, C::parity_of(i) ^ 1);
@@ -100,23 +100,17 @@ struct PrefillLoader {
   const PrefillShared<C>& shared;
   const PrefillTile& tile;
 
-  static QUANT_DEVICE void load(void* to, const char* from, int bytes, Barrier* full) {
-    barrier_expect(full, bytes);
-    copy_bulk(to, from, bytes, full, Keep::last_out);
-  }
   QUANT_DEVICE void run() const {
     const int64_t sequence = int64_t{1} * tile.sequence * params.shared.kv_heads + tile.head;
-    const char* image =
-        params.images +
-        (sequence * params.image_pages + tile.begin - tile.first_page) * Image::kBytes;
+    const int64_t first = sequence * params.image_pages + tile.begin - tile.first_page;
+    const char* image = params.images + first * Image::kBytes;
     fence_async_global();
     for (int i = 0; i < tile.end - tile.begin; ++i, image += Image::kBytes) {
-      const int stage = C::stage_of(i), before = C::parity_of(i) ^ 1;
-      barrier_wait(shared.key_empty + stage, before);
-      load(shared.key_tile(stage), image, Image::kKeyBytes, shared.key_full + stage);
-      barrier_wait(shared.value_empty + stage, before);
-      load(shared.value_tile(stage), image + Image::kKeyBytes, C::kTileBytes,
-           shared.value_full + stage);
+      const int stage = C::stage_of(i);
+      Barrier* full = shared.key_full + stage;
+      barrier_wait(shared.value_empty + stage, C::parity_of(i) ^ 1);
+      barrier_expect(full, Image::kBytes);
+      copy_bulk(shared.keys + stage * C::kImageStage, image, Image::kBytes, full, Keep::last_out);
     }
   }
 };

@@ -17,6 +17,7 @@ struct PrefillConfig {
   static constexpr bool kCaps = (kOptions & kSoftCap) != 0, kSkipping = (kOptions & kSkips) != 0;
   static constexpr bool kUnpacks = (kOptions & kExpanded) == 0;
   static constexpr bool kThreeStages = kDim <= 128;
+  static constexpr bool kQueriesInRegisters = kDim <= 128;
   static constexpr int kPiece = 64;  // channels of a P V
   static constexpr int kPieces = kDim / kPiece;
   static constexpr int kSlabs = (kDim + 127) / 128;  // of 128 bytes of a row of Q and K
@@ -24,10 +25,12 @@ struct PrefillConfig {
   static constexpr int kQueryBytes = 2 * kSlabs * kSlabBytes;
   using Image = PageImage<kDim>;
   static constexpr int kTileBytes = Image::kTileBytes;  // of a page's K, and of its V
-  // Of unpacked pages: a power of two. Where they are not unpacked here, planes lie behind K.
-  static constexpr int kStages = kUnpacks || kDim == 256 ? 4 : 8;
-  static constexpr int kKeyStage = kUnpacks ? kTileBytes : (Image::kKeyBytes + 1023) / 1024 * 1024;
-  static constexpr int kPlaneStage = kUnpacks ? Image::kPlaneBytes : kKeyStage;
+  // Of unpacked pages: a power of two. A stage is an image, or a part of each of three regions.
+  static constexpr int kStageBits = kUnpacks || kDim == 256 ? 2 : 3, kStages = 1 << kStageBits;
+  static constexpr int kImageStage = (Image::kBytes + 1023) / 1024 * 1024;
+  static constexpr int kTileStage = kUnpacks ? kTileBytes : kImageStage;
+  static constexpr int kPlaneStage = kUnpacks ? Image::kPlaneBytes : kImageStage;
+  static constexpr int kStageBytes = kUnpacks ? Image::kBytes : kImageStage;
   static constexpr int kKeyRow = kUnpacks ? 128 : Image::kKeyRow;
   static constexpr int kValueRow = kUnpacks ? 128 : Image::kValueRow;
   // Packed pages.
@@ -39,14 +42,13 @@ struct PrefillConfig {
   static constexpr int kProducerRegisters = kUnpacks ? 40 : 24;
   static constexpr int kConsumerRegisters = kUnpacks ? 232 : 240;
   static constexpr int kRowBytes = 3 * kTileQueries * 4, kBarrierBytes = 1024;
-  static constexpr int kSharedBytes =
-      kQueryBytes + kStages * (kKeyStage + kTileBytes) + kPackedStages * kPackedBytes +
-      (kUnpacks ? kStages * kPlaneStage : 0) + kRowBytes + kBarrierBytes;
+  static constexpr int kSharedBytes = kQueryBytes + kStages * kStageBytes +
+                                      kPackedStages * kPackedBytes + kRowBytes + kBarrierBytes;
   static_assert(kSharedBytes <= 227 * 1024, "shared memory does not suffice");
 
   // Of a page of the tile, counted from its first.
   static QUANT_DEVICE int stage_of(int n) { return n & (kStages - 1); }
-  static QUANT_DEVICE int parity_of(int n) { return n / kStages & 1; }
+  static QUANT_DEVICE int parity_of(int n) { return n >> kStageBits & 1; }
 };
 
 // A tile of queries, and pages [begin, end) that some of its rows see.
@@ -67,19 +69,15 @@ struct PrefillShared {
   float *row_sum, *row_unit;  // [kTileQueries]
   int* row_position;          // [kTileQueries], of its token; -1: sees nothing
   PrefillTile* tile;
+  // Of expanded pages key_full stands for the whole image, and value_empty too.
   Barrier *packed_full, *packed_empty, *key_full, *key_empty, *value_full, *value_empty;
   QUANT_DEVICE explicit PrefillShared(char* base) {
     queries = base;
     keys = queries + C::kQueryBytes;
-    values = keys + C::kStages * C::kKeyStage;
-    packed = values + C::kStages * C::kTileBytes;
-    char* rows = packed + C::kPackedStages * C::kPackedBytes;
-    planes = keys + C::kTileBytes;
-    if constexpr (C::kUnpacks) {
-      planes = rows;
-      rows += C::kStages * C::kPlaneStage;
-    }
-    row_sum = reinterpret_cast<float*>(rows);
+    values = keys + (C::kUnpacks ? C::kStages : 1) * C::kTileBytes;
+    planes = values + (C::kUnpacks ? C::kStages : 1) * C::kTileBytes;
+    packed = keys + C::kStages * C::kStageBytes;
+    row_sum = reinterpret_cast<float*>(packed + C::kPackedStages * C::kPackedBytes);
     row_unit = row_sum + kTileQueries;
     row_position = reinterpret_cast<int*>(row_unit + kTileQueries);
     tile = reinterpret_cast<PrefillTile*>(row_position + kTileQueries);
@@ -90,15 +88,16 @@ struct PrefillShared {
     packed_full = value_empty + C::kStages;
     packed_empty = packed_full + C::kPackedStages;
   }
+  // Where a stage's tiles are in those of all stages, and its bytes in their rows.
   static constexpr bool kKeysInPairs = C::kUnpacks && C::kDim == 64;
-  QUANT_DEVICE char* key_tile(int stage) const {
-    return kKeysInPairs ? keys + stage / 2 * C::kSlabBytes : keys + stage * C::kKeyStage;
+  static QUANT_DEVICE int key_tile(int stage) {
+    return kKeysInPairs ? (stage >> 1) * C::kSlabBytes : stage * C::kTileStage;
   }
-  static QUANT_DEVICE int key_byte(int stage) { return kKeysInPairs ? stage % 2 * 64 : 0; }
-  QUANT_DEVICE char* value_tile(int stage) const {
-    return C::kUnpacks ? values + stage / 2 * 2 * C::kTileBytes : values + stage * C::kTileBytes;
+  static QUANT_DEVICE int key_byte(int stage) { return kKeysInPairs ? (stage & 1) * 64 : 0; }
+  static QUANT_DEVICE int value_tile(int stage) {
+    return C::kUnpacks ? (stage >> 1) * 2 * C::kTileStage : stage * C::kTileStage;
   }
-  static QUANT_DEVICE int value_byte(int stage) { return C::kUnpacks ? stage % 2 * 64 : 0; }
+  static QUANT_DEVICE int value_byte(int stage) { return C::kUnpacks ? (stage & 1) * 64 : 0; }
   // As PageImage says.
   QUANT_DEVICE float* plane(int stage) const {
     return reinterpret_cast<float*>(planes + stage * C::kPlaneStage);

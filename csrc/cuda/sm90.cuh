@@ -170,6 +170,8 @@ template <class T>
 QUANT_DEVICE T shuffle(T value, int lane) {
   return __shfl_sync(0xffffffff, value, lane);
 }
+// Of all lanes the same number, which the compiler then knows.
+QUANT_DEVICE int uniform(int x) { return __reduce_max_sync(0xffffffff, x); }
 QUANT_DEVICE bool any_of_warp(bool value) { return __any_sync(0xffffffff, value) != 0; }
 // Of all threads of the launch: what was written before is seen after.
 QUANT_DEVICE void fence_global() { __threadfence(); }
@@ -307,7 +309,17 @@ QUANT_DEVICE Descriptor describe(const void* tile) {
   const uint64_t address = (shared_address(tile) & 0x3FFFF) >> 4;
   return {address | uint64_t{1} << 16 | uint64_t{8 * kRow >> 4} << 32 | kSwizzle << 62};
 }
-QUANT_DEVICE Descriptor advance(Descriptor tile, int bytes) { return {tile.word + (bytes >> 4)}; }
+// The address is in the low half, with room to spare: no carry.
+QUANT_DEVICE Descriptor advance(Descriptor tile, int bytes) {
+  const uint32_t low = static_cast<uint32_t>(tile.word) + static_cast<uint32_t>(bytes >> 4);
+  return {tile.word >> 32 << 32 | low};
+}
+
+// The same, from a register that the warp keeps: not made anew where it is used.
+QUANT_DEVICE Descriptor keep(Descriptor tile) {
+  const auto low = static_cast<uint32_t>(uniform(static_cast<int>(tile.word)));
+  return {tile.word >> 32 << 32 | low};
+}
 
 template <class Type, int kN>
 struct Mma;

@@ -105,8 +105,7 @@ typedef struct {
 typedef struct {
   QuantCudaAttention attention;
   const int32_t* cu_seqlens;  // [batch + 1]
-  void*
-      workspace;  // or null; quant_cuda_prefill_workspace bytes, aligned to 16, whatever they hold
+  void* workspace;            // quant_cuda_prefill_workspace bytes, aligned to 16; or null
   int64_t workspace_bytes;
   int max_query_len;  // of the longest chunk
   int table_pages;    // of a row of block_table; kv_lens need no more

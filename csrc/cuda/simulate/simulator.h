@@ -189,6 +189,7 @@ template <class T>
 inline T shuffle(T value, int lane) {
   return shuffle_xor(value, thread_index() % 32 ^ lane);
 }
+inline int uniform(int x) { return x; }
 inline bool any_of_warp(bool value) {
   int any = value;
   for (int mask = 1; mask < 32; mask *= 2) any |= shuffle_xor(any, mask);
@@ -280,6 +281,7 @@ inline Descriptor describe(const void* tile) {
   return {static_cast<const char*>(tile), kRow};
 }
 inline Descriptor advance(Descriptor tile, int bytes) { return {tile.tile + bytes, tile.row}; }
+inline Descriptor keep(Descriptor tile) { return tile; }
 inline void mma_fence() {}
 template <class T>
 inline void mma_operand(T&) {}
