@@ -28,10 +28,18 @@
 // of FP8 tensor cores have about 14 bits. Sums are scaled only where M has changed.
 //
 // Budget per page of 64 tokens, D = 128, per SM and clock: 4096 products, so the MMAs take 512
-// clocks; 16 exponentials, so 8192 of them take 512; 128 lanes, and a thread's page is 470
-// instructions (192 for scores, 130 for exponents and sums, 64 for P, 64 for O), so 256 of them
-// take 940, and the producers, at 11 instructions for 8 codes, another 200. Issue bounds the
-// kernel, at 45% of the MMAs' rate.
+// clocks; 16 exponentials, so 8192 of them take 512; an instruction of a warp for each of four
+// schedulers. A consumer thread's page is 350 instructions of arithmetic, 104 of them for scores and
+// their maximum, 130 for exponents and sums, 48 for P and 64 for O; 17 loads of planes; and some 90
+// for MMAs, barriers, addresses and the loop: 460, twice a scheduler. With the producers' 200, at 11
+// instructions for 8 codes, issue takes 1120 clocks and bounds the kernel at 46% of the MMAs' rate.
+// Where pages come expanded it is 443 and nothing, 886 clocks and 58%; their 17 KB are then 20 bytes
+// a clock and SM from the L2, two thirds of what it gives.
+//
+// So addresses of stages are in uniform registers: loop bounds come from `uniform`, of which the
+// compiler knows that all lanes have them. Queries are in registers, A of Q K, which halves what
+// these MMAs read of shared memory; head_dim 256 has no room. Sums fade where M rises, which of a
+// warp's rows is rare after the first pages.
 //
 // Blocks start with the last tiles: for whole prompts, the longest first. A tile's pages that all
 // rows see need no mask.
