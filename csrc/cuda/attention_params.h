@@ -41,6 +41,7 @@ struct PrefillParams {
   float negligible;       // how far below M scores are left out; for kSkips
   char* images;           // [batch, kv_heads, image_pages] of PageImage; for kExpanded
   int image_pages;        // of a sequence at most, from the first that one of its queries sees
+  int workers;            // blocks; for kExpanded
 };
 
 struct DecodeParams {

@@ -74,7 +74,8 @@ inline int check(const QuantCudaPrefill& prefill) {
   if (!prefill.cu_seqlens) return QUANT_CUDA_NULL_POINTER;
   if (tiles_of(prefill) * a.batch * a.kv_heads > INT32_MAX) return QUANT_CUDA_BAD_SHAPE;
   if (!prefill.workspace) return QUANT_CUDA_OK;
-  if (prefill.table_pages < 1 || images(prefill) > INT32_MAX) return QUANT_CUDA_BAD_SHAPE;
+  if (prefill.table_pages < 1 || prefill.workers < 1) return QUANT_CUDA_BAD_SHAPE;
+  if (images(prefill) > INT32_MAX) return QUANT_CUDA_BAD_SHAPE;
   if (!aligned(prefill.workspace, 16)) return QUANT_CUDA_BAD_ALIGNMENT;
   return prefill.workspace_bytes < prefill_workspace(prefill) ? QUANT_CUDA_SMALL_WORKSPACE
                                                               : QUANT_CUDA_OK;
@@ -141,11 +142,13 @@ inline PrefillParams plan(const QuantCudaPrefill& prefill) {
   p.tiles = ceil_div(prefill.max_query_len, p.tile_tokens);
   p.images = static_cast<char*>(prefill.workspace);
   p.image_pages = image_pages(prefill);
+  p.workers = prefill.workers;
   p.negligible = prefill.skip_threshold + 1;  // M is less than 1 above the largest score
   return p;
 }
 inline int prefill_blocks(const PrefillParams& p) {
-  return p.tiles * p.shared.batch * p.shared.kv_heads;
+  const int tiles = p.tiles * p.shared.batch * p.shared.kv_heads;
+  return p.images != nullptr && p.workers < tiles ? p.workers : tiles;
 }
 inline int expand_blocks(const PrefillParams& p) {
   return p.shared.batch * p.shared.kv_heads * p.image_pages;

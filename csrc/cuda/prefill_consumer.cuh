@@ -9,8 +9,9 @@ template <class C>
 struct PrefillConsumer : PrefillRows<C> {
   using Rows = PrefillRows<C>;
   using Range = typename Rows::Range;
-  using Rows::params, Rows::p, Rows::shared, Rows::tile, Rows::group, Rows::thread, Rows::q;
+  using Rows::params, Rows::p, Rows::shared, Rows::group, Rows::thread, Rows::q;
   using Rows::row, Rows::live, Rows::top, Rows::total, Rows::offsets, Rows::sum;
+  using Rows::slot, Rows::before;
   static constexpr int kScores = kPage / 2, kPart = C::kPiece / 2;
   using Score = float[kScores];
   using Part = float[kPart];
@@ -25,8 +26,8 @@ struct PrefillConsumer : PrefillRows<C> {
   uint32_t queries[C::kQueriesInRegisters ? C::kDim / 32 : 1][4];
 
   QUANT_DEVICE PrefillConsumer(const PrefillParams& params, const PrefillShared<C>& shared,
-                               const PrefillTile& tile, int group, int thread)
-      : Rows(params, shared, tile, group, thread),
+                               int group, int thread)
+      : Rows(params, shared, group, thread),
         keys(keep(describe<C::kKeyRow>(shared.keys))),
         values(keep(describe<C::kValueRow>(shared.values))) {}
 
@@ -207,7 +208,7 @@ struct PrefillConsumer : PrefillRows<C> {
       multiply_values(n - 2, 1, r.operand, r.part);
     }
     if constexpr (!kEnds) multiply_keys(n, r.product);
-    if (kMasks && range.masked(n - 1)) mask(tile.begin + n - 1, r.score);
+    if (kMasks && range.masked(n - 1)) mask(this->page(n - 1), r.score);
     const bool counts = raise_top(r.score, rise);
     if constexpr (kPending) {
       mma_wait<kEnds ? 0 : 1>();
@@ -238,7 +239,7 @@ struct PrefillConsumer : PrefillRows<C> {
     multiply_keys(range.begin, r.product);
     mma_wait<0>();
     scale(range.begin, r.product, r.score);
-    if (range.masked(range.begin)) mask(tile.begin + range.begin, r.score);
+    if (range.masked(range.begin)) mask(this->page(range.begin), r.score);
     raise_top(r.score, rise);
     r.back = exponentiate(range.begin, r.score, r.operand);
     int n = range.begin + 1;
@@ -274,7 +275,7 @@ struct PrefillConsumer : PrefillRows<C> {
     mma_wait<0>();
     for (int n = range.begin; n < range.end; ++n) {
       scale(n, score, score);
-      if (range.masked(n)) mask(tile.begin + n, score);
+      if (range.masked(n)) mask(this->page(n), score);
       const bool counts = raise_top(score, rise);
       fade(rise);
       if (counts) {
@@ -302,7 +303,8 @@ struct PrefillConsumer : PrefillRows<C> {
     }
   }
 
-  QUANT_DEVICE void run() {
+  QUANT_DEVICE void run_tile() {
+    this->find_row();
     this->load_queries();
     QUANT_UNROLL for (int i = 0; i < 2; ++i) {
       q_sum[i] = shared.row_sum[row(i)];
@@ -316,7 +318,8 @@ struct PrefillConsumer : PrefillRows<C> {
       }
     }
     const Range pages = this->range();
-    skip(0, pages.begin);
+    const int all = before + uniform(this->tile().end - this->tile().begin);
+    skip(before, pages.begin);
     if (pages.begin < pages.end) {
       if constexpr (C::kThreeStages) {
         three_stages(pages);
@@ -324,8 +327,23 @@ struct PrefillConsumer : PrefillRows<C> {
         two_stages(pages);
       }
     }
-    skip(pages.end, tile.end - tile.begin);
+    skip(pages.end, all);
     this->store();
+    before = all;
+  }
+  QUANT_DEVICE void run() {
+    if constexpr (C::kUnpacks) {
+      run_tile();
+    } else {
+      for (int round = 0;; ++round) {
+        slot = round % kTileStages;
+        barrier_wait(shared.tile_full + slot, round / kTileStages % 2);
+        if (uniform(this->tile().tokens) == 0) break;
+        run_tile();
+        warp_sync();
+        if (thread % 32 == 0) barrier_arrive(shared.tile_empty + slot);
+      }
+    }
   }
 };
 

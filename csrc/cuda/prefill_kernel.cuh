@@ -29,12 +29,12 @@
 //
 // Budget per page of 64 tokens, D = 128, per SM and clock: 4096 products, so the MMAs take 512
 // clocks; 16 exponentials, so 8192 of them take 512; an instruction of a warp for each of four
-// schedulers. A consumer thread's page is 350 instructions of arithmetic, 104 of them for scores and
-// their maximum, 130 for exponents and sums, 48 for P and 64 for O; 17 loads of planes; and some 90
-// for MMAs, barriers, addresses and the loop: 460, twice a scheduler. With the producers' 200, at 11
-// instructions for 8 codes, issue takes 1120 clocks and bounds the kernel at 46% of the MMAs' rate.
-// Where pages come expanded it is 443 and nothing, 886 clocks and 58%; their 17 KB are then 20 bytes
-// a clock and SM from the L2, two thirds of what it gives.
+// schedulers. A consumer thread's page is 350 instructions of arithmetic, 104 of them for scores
+// and their maximum, 130 for exponents and sums, 48 for P and 64 for O; 17 loads of planes; and
+// some 90 for MMAs, barriers, addresses and the loop: 460, twice a scheduler. With the producers'
+// 200, at 11 instructions for 8 codes, issue takes 1120 clocks and bounds the kernel at 46% of the
+// MMAs' rate. Where pages come expanded it is 443 and nothing, 886 clocks and 58%; their 17 KB are
+// then 20 bytes a clock and SM from the L2, two thirds of what it gives.
 //
 // So addresses of stages are in uniform registers: loop bounds come from `uniform`, of which the
 // compiler knows that all lanes have them. Queries are in registers, A of Q K, which halves what
@@ -66,24 +66,23 @@ QUANT_DEVICE void prefill_body(const PrefillParams& params) {
   const PrefillShared<C> shared(shared_memory());
   previous_kernel_wait();
   if (thread_index() == 0) {
-    *shared.tile = prefill_tile(params, block_index());
+    if constexpr (C::kUnpacks) *shared.tile = prefill_tile(params, block_index());
     init_barriers<C>(shared);
   }
   block_sync();
-  const PrefillTile& tile = *shared.tile;
-  if (tile.tokens == 0) return;
+  if (C::kUnpacks && shared.tile->tokens == 0) return;
   const int warp = warp_index(), producer_warp = warp - kPrefillConsumers / 32;
   if (producer_warp >= 0) {
-    registers_shrink<C::kProducerRegisters>();
+    registers_shrink<40>();
     const int lane = thread_index() % 32;
     if constexpr (C::kUnpacks) {
-      PrefillProducer<C>{params.shared, shared, tile, producer_warp, lane, 0}.run();
-    } else if (producer_warp == 0 && lane == 0) {
-      PrefillLoader<C>{params, shared, tile}.run();
+      PrefillProducer<C>{params.shared, shared, *shared.tile, producer_warp, lane, 0}.run();
+    } else if (producer_warp == 0) {
+      PrefillLoader<C>{params, shared, lane}.run();
     }
   } else {
-    registers_grow<C::kConsumerRegisters>();
-    PrefillConsumer<C>(params, shared, tile, warp / kGroupWarps, thread_index()).run();
+    registers_grow<232>();
+    PrefillConsumer<C>(params, shared, warp / kGroupWarps, thread_index()).run();
   }
 }
 

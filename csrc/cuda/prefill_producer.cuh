@@ -1,6 +1,7 @@
 // The producers of prefill attention: pages to tiles that MMAs read.
 #pragma once
 
+#include "cuda/prefill_schedule.cuh"
 #include "cuda/prefill_unpack.cuh"
 
 namespace quant {
@@ -92,25 +93,44 @@ struct PrefillProducer {
   }
 };
 
-// From expanded ones: one thread, which copies.
+// From expanded ones: a warp, which finds tiles, and copies their pages by one thread. Tiles and
+// pages go on in rings, ahead of the consumers.
 template <class C>
 struct PrefillLoader {
   using Image = typename C::Image;
   const PrefillParams& params;
   const PrefillShared<C>& shared;
-  const PrefillTile& tile;
+  int lane;
 
-  QUANT_DEVICE void run() const {
+  QUANT_DEVICE void pass_on(const PrefillTile& tile, int round) const {
+    const int stage = round % kTileStages;
+    barrier_wait(shared.tile_empty + stage, round / kTileStages % 2 ^ 1);
+    shared.tile[stage] = tile;
+    barrier_arrive(shared.tile_full + stage);
+  }
+  // first: pages before this tile's.
+  QUANT_DEVICE void load(const PrefillTile& tile, int first) const {
     const int64_t sequence = int64_t{1} * tile.sequence * params.shared.kv_heads + tile.head;
-    const int64_t first = sequence * params.image_pages + tile.begin - tile.first_page;
-    const char* image = params.images + first * Image::kBytes;
-    fence_async_global();
-    for (int i = 0; i < tile.end - tile.begin; ++i, image += Image::kBytes) {
-      const int stage = C::stage_of(i);
+    const int64_t place = sequence * params.image_pages + tile.begin - tile.first_page;
+    const char* image = params.images + place * Image::kBytes;
+    for (int n = first; n < first + tile.end - tile.begin; ++n, image += Image::kBytes) {
+      const int stage = C::stage_of(n);
       Barrier* full = shared.key_full + stage;
-      barrier_wait(shared.value_empty + stage, C::parity_of(i) ^ 1);
+      barrier_wait(shared.value_empty + stage, C::parity_of(n) ^ 1);
       barrier_expect(full, Image::kBytes);
       copy_bulk(shared.keys + stage * C::kImageStage, image, Image::kBytes, full, Keep::last_out);
+    }
+  }
+  QUANT_DEVICE void run() const {
+    const PrefillSchedule schedule{params, lane};
+    fence_async_global();
+    for (int round = 0, first = 0;; ++round) {
+      const PrefillTile tile = schedule.tile_of_round(round);
+      if (lane == 0) pass_on(tile, round);
+      if (tile.tokens == 0) break;
+      if (lane == 0) load(tile, first);
+      first += tile.end - tile.begin;
+      warp_sync();
     }
   }
 };

@@ -11,32 +11,48 @@ struct PrefillRows {
   const PrefillParams& params;
   const AttentionParams& p;
   const PrefillShared<C>& shared;
-  const PrefillTile& tile;
+  int slot, before;   // of the tile, in the ring of tiles; pages of the tiles before it
   int group, thread;  // of the block, of the warpgroup
   int g, q;           // lane 4 g + q: rows g and g + 8 of the warp's 16
   float top[2], total[2], offsets[2];
   float sum[C::kDim / 2];
 
-  QUANT_DEVICE PrefillRows(const PrefillParams& params, const PrefillShared<C>& shared,
-                           const PrefillTile& tile, int group, int thread)
+  QUANT_DEVICE PrefillRows(const PrefillParams& params, const PrefillShared<C>& shared, int group,
+                           int thread)
       : params(params),
         p(params.shared),
         shared(shared),
-        tile(tile),
+        slot(0),
+        before(0),
         group(uniform(group)),
-        thread(thread % 128),
-        g(thread % 32 / 4),
-        q(thread % 4) {}
+        thread(thread % 128) {}
 
+  // Anew for every tile: what follows from it would not all stay in registers from one to the next.
+  QUANT_DEVICE void find_row() {
+    forget(thread);
+    g = thread % 32 / 4;
+    q = thread % 4;
+  }
+
+  QUANT_DEVICE const PrefillTile& tile() const { return shared.tile[slot]; }
   QUANT_DEVICE int row(int i) const { return group * kGroupRows + thread / 32 * 16 + g + 8 * i; }
   QUANT_DEVICE const uint8_t* query(int row) const {
-    const int64_t token = tile.start + row / p.ratio, head = tile.head * p.ratio + row % p.ratio;
+    const int64_t token = tile().start + row / p.ratio,
+                  head = tile().head * p.ratio + row % p.ratio;
     return p.q + token * p.q_token + head * p.q_head;
   }
-  QUANT_DEVICE bool live(int row) const { return row / p.ratio < tile.tokens; }
+  QUANT_DEVICE bool live(int row) const { return row / p.ratio < tile().tokens; }
 
+  QUANT_DEVICE void sync_group() const {
+    if (group == 0) {
+      group_sync(1, 128);
+    } else {
+      group_sync(2, 128);
+    }
+  }
   // Two threads a row.
   QUANT_DEVICE void load_queries() {
+    if constexpr (!C::kUnpacks) sync_group();  // rows of the tile before have been read
     const int of_group = thread / 2, row = group * kGroupRows + of_group;
     constexpr int kChunks = C::kDim / 32;
     const bool there = live(row);
@@ -52,17 +68,14 @@ struct PrefillRows {
     }
     codes += shuffle_xor(codes, 1);
     if (thread % 2 == 0) {
-      const int64_t token = tile.start + row / p.ratio, head = tile.head * p.ratio + row % p.ratio;
+      const int64_t token = tile().start + row / p.ratio,
+                    head = tile().head * p.ratio + row % p.ratio;
       shared.row_sum[row] = codes;
-      shared.row_position[row] = there ? tile.first_position + row / p.ratio : -1;
+      shared.row_position[row] = there ? tile().first_position + row / p.ratio : -1;
       shared.row_unit[row] = there ? p.q_scale[token * p.q_scale_token + head] * p.scale : 1.0f;
     }
     fence_async();
-    if (group == 0) {
-      group_sync(1, 128);
-    } else {
-      group_sync(2, 128);
-    }
+    sync_group();
     QUANT_UNROLL for (int i = 0; i < 2; ++i) {
       top[i] = kLowest;
       if constexpr (C::kSkipping) {
@@ -81,26 +94,28 @@ struct PrefillRows {
   }
 
   // Pages [begin, end) of the tile's that these rows see; those outside [whole, whole_end) not all
-  // of them do.
+  // of them do. Pages count on from those of the tiles before.
   struct Range {
     int begin, end, whole, whole_end;
     int until;  // the first page that begins behind one that needs masks again, or `end`
     QUANT_DEVICE bool masked(int n) const { return n < whole || n >= whole_end; }
   };
+  QUANT_DEVICE int page(int n) const { return tile().begin + n - before; }
   QUANT_DEVICE Range range() const {
+    const PrefillTile& tile = this->tile();
     const int first_row = group * kGroupRows;
     int last_token = (first_row + kGroupRows - 1) / p.ratio;
     if (last_token >= tile.tokens) last_token = tile.tokens - 1;
     const int first = tile.first_position + first_row / p.ratio;
     const int last = tile.first_position + last_token;
     const bool none = first_row / p.ratio > last_token || last < 0;
-    const int whole = (oldest_key(last, p.window) + kPage - 1) / kPage;
-    const int begin = none ? 0 : oldest_key(first, p.window) / kPage - tile.begin;
-    const int end = none ? 0 : last / kPage + 1 - tile.begin;
-    const int whole_end = (first + 1 > 0 ? first + 1 : 0) / kPage - tile.begin;
+    const int from = tile.begin - before;
+    const int begin = none ? before : oldest_key(first, p.window) / kPage - from;
+    const int end = none ? before : last / kPage + 1 - from;
+    const int whole = (oldest_key(last, p.window) + kPage - 1) / kPage - from;
+    const int whole_end = (first + 1 > 0 ? first + 1 : 0) / kPage - from;
     const int until = end < whole_end + 1 ? end : whole_end + 1;
-    return {uniform(begin), uniform(end), uniform(whole - tile.begin), uniform(whole_end),
-            uniform(until)};
+    return {uniform(begin), uniform(end), uniform(whole), uniform(whole_end), uniform(until)};
   }
 
   template <class T>
@@ -120,7 +135,8 @@ struct PrefillRows {
       }
       const int at = row(i);
       if (!live(at)) continue;
-      const int64_t token = tile.start + at / p.ratio, head = tile.head * p.ratio + at % p.ratio;
+      const int64_t token = tile().start + at / p.ratio,
+                    head = tile().head * p.ratio + at % p.ratio;
       const int64_t first = token * p.out_token + head * p.out_head + 2 * q;
       const float share = 1.0f / (total[i] == 0 ? 1.0f : total[i]);
       QUANT_UNROLL for (int j = 0; j < C::kDim / 8; ++j) {

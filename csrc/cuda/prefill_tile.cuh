@@ -10,6 +10,7 @@ constexpr int kPrefillConsumers = 256, kPrefillThreads = 384;
 constexpr int kGroupRows = 64;  // of a warpgroup
 constexpr int kGroupWarps = 4;
 constexpr int kKeyWarps = 2, kValueWarps = 2;
+constexpr int kTileStages = 2;
 
 template <int kDim_, int kOptions = kPlain>
 struct PrefillConfig {
@@ -39,8 +40,6 @@ struct PrefillConfig {
   static constexpr int kPackedStages = !kUnpacks ? 0 : kDim == 256 ? 3 : 4;
   // Of values of head_dim 64 one warp unpacks every other page.
   static constexpr int kValueArrivals = kDim == 64 ? 1 : kValueWarps;
-  static constexpr int kProducerRegisters = kUnpacks ? 40 : 24;
-  static constexpr int kConsumerRegisters = kUnpacks ? 232 : 240;
   static constexpr int kRowBytes = 3 * kTileQueries * 4, kBarrierBytes = 1024;
   static constexpr int kSharedBytes = kQueryBytes + kStages * kStageBytes +
                                       kPackedStages * kPackedBytes + kRowBytes + kBarrierBytes;
@@ -68,9 +67,10 @@ struct PrefillShared {
   char *queries, *keys, *values, *packed, *planes;
   float *row_sum, *row_unit;  // [kTileQueries]
   int* row_position;          // [kTileQueries], of its token; -1: sees nothing
-  PrefillTile* tile;
+  PrefillTile* tile;          // [kTileStages]
   // Of expanded pages key_full stands for the whole image, and value_empty too.
   Barrier *packed_full, *packed_empty, *key_full, *key_empty, *value_full, *value_empty;
+  Barrier *tile_full, *tile_empty;
   QUANT_DEVICE explicit PrefillShared(char* base) {
     queries = base;
     keys = queries + C::kQueryBytes;
@@ -81,12 +81,14 @@ struct PrefillShared {
     row_unit = row_sum + kTileQueries;
     row_position = reinterpret_cast<int*>(row_unit + kTileQueries);
     tile = reinterpret_cast<PrefillTile*>(row_position + kTileQueries);
-    key_full = reinterpret_cast<Barrier*>(tile + 2);
+    key_full = reinterpret_cast<Barrier*>(tile + kTileStages);
     key_empty = key_full + C::kStages;
     value_full = key_empty + C::kStages;
     value_empty = value_full + C::kStages;
     packed_full = value_empty + C::kStages;
     packed_empty = packed_full + C::kPackedStages;
+    tile_full = packed_empty + C::kPackedStages;
+    tile_empty = tile_full + kTileStages;
   }
   // Where a stage's tiles are in those of all stages, and its bytes in their rows.
   static constexpr bool kKeysInPairs = C::kUnpacks && C::kDim == 64;
@@ -104,12 +106,13 @@ struct PrefillShared {
   }
 };
 
-QUANT_DEVICE PrefillTile prefill_tile(const PrefillParams& params, int block) {
+QUANT_DEVICE PrefillTile prefill_tile(const PrefillParams& params, int sequence, int head,
+                                      int index) {
   const AttentionParams& p = params.shared;
   PrefillTile tile{};
-  tile.head = block % p.kv_heads;
-  tile.sequence = block / p.kv_heads % p.batch;
-  const int first = (params.tiles - 1 - block / p.kv_heads / p.batch) * params.tile_tokens;
+  tile.sequence = sequence;
+  tile.head = head;
+  const int first = index * params.tile_tokens;
   const int start = params.cu_seqlens[tile.sequence];
   const int length = params.cu_seqlens[tile.sequence + 1] - start, left = length - first;
   tile.kv_len = p.kv_lens[tile.sequence];
@@ -122,6 +125,12 @@ QUANT_DEVICE PrefillTile prefill_tile(const PrefillParams& params, int block) {
   if (tile.begin > tile.end) tile.begin = tile.end;
   tile.first_page = oldest_key(tile.kv_len - length, p.window) / kPage;
   return tile;
+}
+// Of a block that has one tile.
+QUANT_DEVICE PrefillTile prefill_tile(const PrefillParams& params, int block) {
+  const int heads = params.shared.kv_heads, batch = params.shared.batch;
+  return prefill_tile(params, block / heads % batch, block % heads,
+                      params.tiles - 1 - block / heads / batch);
 }
 
 template <class C>
@@ -136,6 +145,10 @@ QUANT_DEVICE void init_barriers(const PrefillShared<C>& shared) {
   for (int stage = 0; stage < C::kPackedStages; ++stage) {
     barrier_init(shared.packed_full + stage, kLoads);
     barrier_init(shared.packed_empty + stage, kKeyWarps + C::kValueArrivals);
+  }
+  for (int stage = 0; stage < kTileStages; ++stage) {
+    barrier_init(shared.tile_full + stage, 1);
+    barrier_init(shared.tile_empty + stage, 2 * kGroupWarps);
   }
   barrier_init_fence();
 }

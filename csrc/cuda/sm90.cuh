@@ -172,6 +172,9 @@ QUANT_DEVICE T shuffle(T value, int lane) {
 }
 // Of all lanes the same number, which the compiler then knows.
 QUANT_DEVICE int uniform(int x) { return __reduce_max_sync(0xffffffff, x); }
+QUANT_DEVICE int sum_of_warp(int x) { return __reduce_add_sync(0xffffffff, x); }
+QUANT_DEVICE uint32_t ballot(bool value) { return __ballot_sync(0xffffffff, value); }
+QUANT_DEVICE int bits_set(uint32_t x) { return __popc(x); }
 QUANT_DEVICE bool any_of_warp(bool value) { return __any_sync(0xffffffff, value) != 0; }
 // Of all threads of the launch: what was written before is seen after.
 QUANT_DEVICE void fence_global() { __threadfence(); }

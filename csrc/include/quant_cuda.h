@@ -109,6 +109,7 @@ typedef struct {
   int64_t workspace_bytes;
   int max_query_len;  // of the longest chunk
   int table_pages;    // of a row of block_table; kv_lens need no more
+  int workers;        // blocks that share the tiles where there is a workspace: multiprocessors
   // Of pages that every row of a warpgroup finds this far, in powers of two, below the largest term
   // before them, values are not read; 0: of none.
   float skip_threshold;

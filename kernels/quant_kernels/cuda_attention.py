@@ -50,6 +50,7 @@ class Prefill(ctypes.Structure):
         ("workspace_bytes", ctypes.c_int64),
         ("max_query_len", ctypes.c_int),
         ("table_pages", ctypes.c_int),
+        ("workers", ctypes.c_int),
         ("skip_threshold", ctypes.c_float),
     )
 
@@ -80,8 +81,9 @@ def prefill_call(
     soft_cap: float = 0.0,
     skip_threshold: float = 0.0,
     workspace: Tensor | None = None,
+    workers: int = 0,
 ) -> Prefill:
-    """What the library is told; the tensors must outlive it."""
+    """What the library is told; the tensors must outlive it. workers: blocks, with a workspace."""
     attention = _attention(
         q_codes, q_scale, kv_codes, kv_scales, block_table, kv_lens, out, sm_scale, window,
         soft_cap,
@@ -91,6 +93,7 @@ def prefill_call(
     if workspace is not None:
         call.workspace = workspace.data_ptr()
         call.workspace_bytes = workspace.numel() * workspace.element_size()
+        call.workers = workers
     return call
 
 
@@ -152,6 +155,7 @@ def prefill_attention(
         call.workspace_bytes = library.quant_cuda_prefill_workspace(ctypes.byref(call))
         workspace = q_codes.new_empty(call.workspace_bytes, dtype=torch.uint8)
         call.workspace = workspace.data_ptr()
+        call.workers = multiprocessors(q_codes.device)
     _start(op, call, q_codes.device)
 
 

@@ -74,19 +74,21 @@ def prefill(
     seed: int = 0,
     out: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
-    expand: bool = False,
+    workers: int = 0,
     **options: float,
 ) -> Tensor:
+    """workers: how many blocks share the tiles, over pages unpacked before; 0: as each unpacks."""
     if out is None:
         out = torch.full(given[0].shape, math.nan, dtype=dtype)
     longest = max(length for length, _ in case.lengths)
     call = prefill_call(*given, longest, out, 1 / math.sqrt(case.dim), case.window, **options)
     workspace = torch.empty(0)
-    if expand:
+    if workers:
         simulator.quant_cuda_prefill_workspace.restype = ctypes.c_int64
         size = simulator.quant_cuda_prefill_workspace(ctypes.byref(call))
         workspace = torch.full((size // 4 + 16,), math.nan)
         call.workspace, call.workspace_bytes = workspace.data_ptr(), size
+        call.workers = workers
     run = simulator.quant_simulate_prefill
     run.restype = ctypes.c_char_p
     finish(run(ctypes.byref(call), resident, late, seed))

@@ -17,6 +17,7 @@ from tests.quant_kernels.test_cuda_attention import (
     BAD_SHAPE,
     PREFILL,
     SMALL_WORKSPACE,
+    finish,
     prefill,
     wanted_of,
 )
@@ -40,9 +41,14 @@ EXPANDED = [
 def test_expanded_pages_give_the_same_bits(simulator, case):
     given = arguments(case, seed=11, spread=3.0)
     wanted = prefill(simulator, case, given, late=False)
-    for late, resident, seed in ((False, 1, 0), (True, 1, 1), (True, 3, 2), (True, 2, 3)):
+    for late, resident, workers, seed in (
+        (False, 1, 1, 0),
+        (True, 1, 2, 1),
+        (True, 3, 3, 2),
+        (True, 2, 999, 3),
+    ):
         found = prefill(
-            simulator, case, given, late=late, resident=resident, seed=seed, expand=True
+            simulator, case, given, late=late, resident=resident, seed=seed, workers=workers
         )
         assert torch.equal(found, wanted)
 
@@ -50,7 +56,7 @@ def test_expanded_pages_give_the_same_bits(simulator, case):
 @pytest.mark.parametrize("case", PREFILL[::3], ids=str)
 def test_expanded_prefill_is_the_references(simulator, case):
     given = arguments(case)
-    found = prefill(simulator, case, given, expand=True)
+    found = prefill(simulator, case, given, workers=2)
     check_against_reference(found, wanted_of(given, case.window), given[3])
 
 
@@ -61,7 +67,7 @@ def test_expanded_prefill_is_the_references(simulator, case):
 def test_options_give_the_same_bits(simulator, case, options):
     given = arguments(case)
     wanted = prefill(simulator, case, given, late=False, **options)
-    found = prefill(simulator, case, given, resident=3, seed=2, expand=True, **options)
+    found = prefill(simulator, case, given, resident=3, seed=2, workers=3, **options)
     assert torch.equal(found, wanted)
 
 
@@ -74,7 +80,7 @@ def test_the_same_pages_are_skipped(simulator, dim, window, soft_cap):
     counts = skipped_pages(simulator)
     for resident, seed in ((1, 1), (2, 3)):
         found = prefill(
-            simulator, sink.case, sink.given, resident=resident, seed=seed, expand=True, **options
+            simulator, sink.case, sink.given, resident=resident, seed=seed, workers=2, **options
         )
         assert torch.equal(found, wanted)
         assert skipped_pages(simulator) == counts
@@ -88,14 +94,56 @@ def test_chunks_over_expanded_pages_are_the_prompt(simulator):
         bounds, total = torch.tensor([0, last - first]).int(), torch.tensor([last]).int()
         chunk = [given[0][first:last], given[1][first:last], *given[2:5], bounds, total]
         case = Case(64, 2, 1, ((last - first, last),))
-        assert torch.equal(prefill(simulator, case, chunk, expand=True), wanted[first:last])
+        assert torch.equal(prefill(simulator, case, chunk, workers=2), wanted[first:last])
+
+
+def tiles_of(simulator, case: Case, workers: int) -> list[list[int]]:
+    given = arguments(case)
+    longest = max(length for length, _ in case.lengths)
+    out = torch.empty(given[0].shape)
+    call = prefill_call(*given, longest, out, 0.1, 0, workspace=out, workers=workers)
+    rows, count = torch.zeros(2000, 6, dtype=torch.int32), ctypes.c_int(0)
+    run = simulator.quant_simulate_prefill_tiles
+    run.restype = ctypes.c_char_p
+    finish(
+        run(ctypes.byref(call), ctypes.c_void_p(rows.data_ptr()), len(rows), ctypes.byref(count))
+    )
+    return rows[: count.value].tolist()
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5, 132, 1000])
+def test_the_schedule_deals_every_tile_once(simulator, workers):
+    ragged = tuple((n, n) for n in (130, 1, 0, 64, 65, 300, 0)) + 33 * ((40, 40),)
+    for lengths in (((1, 1),), ((0, 0), (700, 700)), ((500, 2000), (3, 3)), ragged):
+        case = Case(64, 8, 4, lengths)  # tiles of 64 tokens
+        found = tiles_of(simulator, case, workers)
+        wanted, start = set(), 0
+        for sequence, (length, _) in enumerate(lengths):
+            for first in range(0, length, 64):
+                tokens = min(64, length - first)
+                wanted |= {(sequence, head, start + first, tokens) for head in range(4)}
+            start += length
+        assert {tuple(row[1:5]) for row in found} == wanted
+        assert len(found) == len(wanted)
+
+
+@pytest.mark.parametrize("batch", [1, 16])
+def test_whole_prompts_are_dealt_evenly(simulator, batch):
+    # 132 blocks, and tiles of 64 tokens; a page, and what a tile costs besides, some three pages.
+    found = tiles_of(simulator, Case(64, 8, 4, batch * ((2048, 2048),)), 132)
+    work = torch.zeros(132)
+    for block, *_, end in found:
+        work[block] += end + 3
+    tiles = [row[-1] for row in found if row[0] == 7]
+    assert tiles == sorted(tiles, reverse=True)
+    assert float(work.max()) <= max(35, 1.05 * float(work.mean()))
 
 
 def call_of(case: Case, table_pages: int, workspace_bytes: int = 1 << 40):
     given = arguments(case)
     longest = max(length for length, _ in case.lengths)
     call = prefill_call(*given, longest, torch.empty(given[0].shape), 0.1, case.window)
-    call.table_pages = table_pages
+    call.table_pages, call.workers = table_pages, 2
     call.workspace, call.workspace_bytes = 1 << 20, workspace_bytes
     return call
 
@@ -132,7 +180,7 @@ def test_workspaces_that_do_not_do_are_refused(simulator):
     assert status(workspace_bytes=needed - 1) == SMALL_WORKSPACE
     assert status(workspace=None, workspace_bytes=0, table_pages=0) == 0
     assert status(workspace=(1 << 20) + 8) == BAD_ALIGNMENT
-    assert status(table_pages=0) == BAD_SHAPE
+    assert status(table_pages=0) == status(workers=0) == BAD_SHAPE
 
 
 def test_expanding_pays_for_pages_that_many_tiles_read(simulator):

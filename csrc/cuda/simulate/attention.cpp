@@ -150,6 +150,30 @@ const char* quant_simulate_prefill(const QuantCudaPrefill* prefill, int resident
   return reason();
 }
 
+// The tiles of every block, in its order, as rows (block, sequence, head, start, tokens, end); null
+// where all threads ended. *count: how many there are.
+const char* quant_simulate_prefill_tiles(const QuantCudaPrefill* prefill, int* rows, int room,
+                                         int* count) {
+  using namespace quant;
+  const PrefillParams p = plan(*prefill);
+  Launch launch = launch_of(1, 0, 0);
+  launch.blocks = prefill_blocks(p);
+  launch.threads = 32;
+  *count = 0;
+  failure = run(launch, [&] {
+    const PrefillSchedule schedule{p, thread_index()};
+    for (int round = 0;; ++round) {
+      const PrefillTile tile = schedule.tile_of_round(round);
+      if (tile.tokens == 0) break;
+      if (thread_index() != 0 || *count == room) continue;
+      const int row[] = {block_index(), tile.sequence, tile.head,
+                         tile.start,    tile.tokens,   tile.end};
+      std::copy(std::begin(row), std::end(row), rows + 6 * (*count)++);
+    }
+  });
+  return reason();
+}
+
 // Of the last launch: pages that warpgroups might have skipped, and those that they did.
 void quant_simulate_skipped(int64_t* pages, int64_t* skipped) {
   *pages = quant::votes().held;

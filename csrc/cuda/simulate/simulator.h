@@ -189,6 +189,15 @@ template <class T>
 inline T shuffle(T value, int lane) {
   return shuffle_xor(value, thread_index() % 32 ^ lane);
 }
+inline int sum_of_warp(int x) {
+  for (int mask = 1; mask < 32; mask *= 2) x += shuffle_xor(x, mask);
+  return x;
+}
+inline uint32_t ballot(bool value) {
+  return static_cast<uint32_t>(
+      sum_of_warp(static_cast<int>(uint32_t{value} << thread_index() % 32)));
+}
+inline int bits_set(uint32_t x) { return __builtin_popcount(x); }
 inline int uniform(int x) { return x; }
 inline bool any_of_warp(bool value) {
   int any = value;
