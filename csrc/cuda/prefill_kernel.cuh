@@ -12,6 +12,8 @@
 //     warps 8, 9       bulk copies of packed pages; K and scales unpacked for MMAs
 //     warps 10, 11     V likewise, transposed on the way: FP8 MMAs want both operands K-major
 //
+// or, of kExpanded, warp 8 copies pages that a kernel before this one has unpacked.
+//
 // Three pages at a time, D = 128; a step of 64 rows:
 //
 //     copies    packed pages j + 2 and further, 3 or 4 stages
@@ -29,20 +31,19 @@
 //
 // Budget per page of 64 tokens, D = 128, per SM and clock: 4096 products, so the MMAs take 512
 // clocks; 16 exponentials, so 8192 of them take 512; an instruction of a warp for each of four
-// schedulers. A consumer thread's page is 350 instructions of arithmetic, 104 of them for scores
-// and their maximum, 130 for exponents and sums, 48 for P and 64 for O; 17 loads of planes; and
-// some 90 for MMAs, barriers, addresses and the loop: 460, twice a scheduler. With the producers'
-// 200, at 11 instructions for 8 codes, issue takes 1120 clocks and bounds the kernel at 46% of the
-// MMAs' rate. Where pages come expanded it is 443 and nothing, 886 clocks and 58%; their 17 KB are
-// then 20 bytes a clock and SM from the L2, two thirds of what it gives.
+// schedulers. A consumer thread's page is 350 instructions of arithmetic (104 for scores and their
+// maximum, 130 for exponents and sums, 48 for P, 64 for O), 17 loads of planes, and 90 for MMAs,
+// barriers, addresses and the loop: 456, and a scheduler has two. With the producers' 200, at 11
+// instructions for 8 codes, issue takes 1110 clocks and bounds the kernel at 46% of the MMAs' rate.
+// Where pages come expanded it is 436 and nothing: 872 clocks and 59%, in which their 17 KB are 20
+// bytes a clock and SM from the L2.
 //
-// So addresses of stages are in uniform registers: loop bounds come from `uniform`, of which the
-// compiler knows that all lanes have them. Queries are in registers, A of Q K, which halves what
-// these MMAs read of shared memory; head_dim 256 has no room. Sums fade where M rises, which of a
-// warp's rows is rare after the first pages.
+// Hence loop bounds come from `uniform`, of which the compiler knows that all lanes have the same:
+// addresses of stages are in uniform registers. Queries are in registers, as A of Q K, which also
+// halves what these MMAs read of shared memory; head_dim 256 has no room. A tile's pages that all
+// rows see need no mask and have a loop of their own.
 //
-// Blocks start with the last tiles: for whole prompts, the longest first. A tile's pages that all
-// rows see need no mask.
+// Blocks start with the last tiles: for whole prompts, the longest first.
 //
 // Instances of their own, so that the plain kernel does not pay for them:
 //
@@ -52,8 +53,10 @@
 //                leaves out its exponentials and P V. The warpgroup's four warps vote: their MMAs
 //                are one. p of what is left out is below 2^-threshold of the row's largest, which
 //                is always kept; producers unpack its V all the same
-//     kExpanded  pages come unpacked (prefill_expand.cuh), and a thread copies them into 8 stages,
-//                4 of head_dim 256. Same bits: MMAs read the same operands, V^T in rows of 64 bytes
+//     kExpanded  pages come as images (prefill_expand.cuh), 8 stages of them, 4 of head_dim 256.
+//                Same bits: MMAs read the same operands, V^T in rows of 64 bytes. As many blocks as
+//                multiprocessors take tile after tile (prefill_schedule.cuh), and pages of the next
+//                tile come in while the last ones of a tile are worked on
 #pragma once
 
 #include "cuda/prefill_consumer.cuh"

@@ -50,7 +50,7 @@ struct PrefillConfig {
   static QUANT_DEVICE int parity_of(int n) { return n >> kStageBits & 1; }
 };
 
-// A tile of queries, and pages [begin, end) that some of its rows see.
+// A tile of queries, and pages [begin, end) of its sequence that some of its rows see.
 struct PrefillTile {
   int sequence, head;
   int start, tokens;   // of queries in q; tokens: up to tile_tokens, 0 where there are none

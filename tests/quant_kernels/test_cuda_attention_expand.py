@@ -1,4 +1,4 @@
-"""Prefill over pages that a kernel ahead of it has unpacked: the bits of the other one.
+"""Prefill over pages that a kernel before it has unpacked: the bits of the other one.
 
 Both kernels run in the simulator, as in test_cuda_attention.py; the workspace is NaN before.
 """
@@ -12,14 +12,11 @@ import pytest
 import torch
 
 from quant_kernels.cuda_attention import prefill_call
-from tests.quant_kernels.test_cuda_attention import (
+from tests.quant_kernels.test_cuda_attention import PREFILL, finish, prefill, wanted_of
+from tests.quant_kernels.test_cuda_attention_calls import (
     BAD_ALIGNMENT,
     BAD_SHAPE,
-    PREFILL,
     SMALL_WORKSPACE,
-    finish,
-    prefill,
-    wanted_of,
 )
 from tests.quant_kernels.test_cuda_attention_options import CAPPED, NEVER, skipped_pages, with_sink
 from tests.quant_kernels.triton.test_prefill_attention import (
