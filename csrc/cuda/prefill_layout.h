@@ -35,12 +35,13 @@ QUANT_BOTH int swizzled_place(int row, int byte) {
 //
 //     K [64, D] | V^T [D, 64] | planes
 //
-// planes: K scale and offset, V weight and offset of every slot, and from P V to O, all FP32.
+// planes: K scale and offset, V weight and offset of every slot, and from P V to O, all FP32. An
+// image is a whole number of lines of 128 bytes.
 template <int kDim>
 struct PageImage {
   static constexpr int kKeyRow = kDim == 64 ? 64 : 128, kValueRow = 64;  // bytes, of the tiles
   static constexpr int kTileBytes = kPage * kDim;
-  static constexpr int kBack = 4 * kPage, kPlaneBytes = 4 * kBack + 16;
+  static constexpr int kBack = 4 * kPage, kPlaneBytes = 4 * kBack + 128;
   static constexpr int kBytes = 2 * kTileBytes + kPlaneBytes;
 };
 

@@ -150,7 +150,7 @@ def test_a_workspace_holds_the_pages_that_queries_see(simulator):
     size.restype = ctypes.c_int64
 
     def images(case: Case, table_pages: int) -> float:
-        bytes_of_image = 2 * 64 * case.dim + 4 * 4 * 64 + 16
+        bytes_of_image = 2 * 64 * case.dim + 4 * 4 * 64 + 128
         call = call_of(case, table_pages)
         return size(ctypes.byref(call)) / (len(case.lengths) * case.kv_heads * bytes_of_image)
 
@@ -165,7 +165,7 @@ def test_a_workspace_holds_the_pages_that_queries_see(simulator):
 
 def test_workspaces_that_do_not_do_are_refused(simulator):
     case = Case(64, 2, 1, ((9, 9),))
-    needed = 2 * (2 * 64 * 64 + 4 * 4 * 64 + 16)
+    needed = 2 * (2 * 64 * 64 + 4 * 4 * 64 + 128)
 
     def status(**changes: int) -> int:
         call = call_of(case, 2, needed)

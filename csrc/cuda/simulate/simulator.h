@@ -198,7 +198,12 @@ inline uint32_t ballot(bool value) {
       sum_of_warp(static_cast<int>(uint32_t{value} << thread_index() % 32)));
 }
 inline int bits_set(uint32_t x) { return __builtin_popcount(x); }
-inline int uniform(int x) { return x; }
+inline int uniform(int x) {
+  for (int mask = 1; mask < 32; mask *= 2) {
+    if (shuffle_xor(x, mask) != x) detail::fail("lanes of a warp differ in what is uniform");
+  }
+  return x;
+}
 inline bool any_of_warp(bool value) {
   int any = value;
   for (int mask = 1; mask < 32; mask *= 2) any |= shuffle_xor(any, mask);
