@@ -13,7 +13,8 @@ every batch and prompt length, greedily and past any end of sequence:
 
 medians over --repeats, after one of each that does not count. Prompts are random tokens. An engine
 runs in a process of its own, so that its peak memory is its own: resident bytes, and on a GPU what
-tensors took there. On a GPU our tokens with CUDA graphs are first compared with those without.
+tensors took there. Our tokens with recorded decode steps (CUDA graphs on a GPU) are first compared
+with those without.
 transformers runs in BF16, as it comes and, with --compiled, with its static
 cache and torch.compile; vLLM in BF16 where it is installed and there is a GPU; --dense adds our own
 runtime in BF16. A cell that does not fit the memory is left out and named.
@@ -74,14 +75,13 @@ def prompts(batch: int, length: int) -> list[list[int]]:
 def our_engine(
     args: argparse.Namespace, model: Any, batch: int, length: int, eager: bool = False
 ) -> Generate:
-    """Our runtime, with room for `batch` sequences of `length` tokens; eager: no CUDA graphs."""
+    """Our runtime, with room for `batch` sequences of `length` tokens; eager: no recorded steps."""
     from quant.runtime.batch import pages_needed
-    from quant.runtime.graphs import DecodeGraphs
+    from quant.runtime.recordings import recorded_steps
     from quant.runtime.sampling import SamplingParams
     from quant.runtime.scheduler import Request, Scheduler
 
     cache = model.new_cache(batch * pages_needed(length), length)
-    records = model.device.type == "cuda" and not eager
     scheduler = Scheduler(
         model,
         cache,
@@ -89,7 +89,7 @@ def our_engine(
         max_num_seqs=batch,
         max_model_len=length,
         max_num_batched_tokens=max(args.max_num_batched_tokens, batch),
-        graphs=DecodeGraphs(model, cache, length) if records else None,
+        graphs=None if eager else recorded_steps(model, cache, length),
     )
 
     def generate(given: list[list[int]], count: int) -> list[list[int]]:
@@ -111,7 +111,7 @@ def check_graphs(args: argparse.Namespace, model: Any, batch: int, length: int) 
     launched = our_engine(args, model, batch, room, eager=True)(given, args.tokens)
     if recorded != launched:
         rows = [i for i in range(batch) if recorded[i] != launched[i]]
-        raise SystemExit(f"CUDA graphs change the tokens of sequences {rows} of {batch}")
+        raise SystemExit(f"recorded steps change the tokens of sequences {rows} of {batch}")
 
 
 def our_model(args: argparse.Namespace, dense: bool) -> Any:
@@ -249,8 +249,7 @@ def _work(args: argparse.Namespace) -> list[Cell]:
     cells, engine = [], args.engine
     if engine.startswith("fourbyeight"):
         model = our_model(args, engine.endswith("dense"))
-        if model.device.type == "cuda":
-            check_graphs(args, model, min(args.batch), min(args.prompt))
+        check_graphs(args, model, min(args.batch), min(args.prompt))
     elif engine.startswith("transformers"):
         generate = transformers_engine(args, engine.endswith("compiled"))
     elif engine == "vllm":

@@ -30,6 +30,7 @@ from quant_kernels.kv4 import KVFormat, quantize_kv
 from quant_kernels.packing import KV_PAGE, PackedWeight
 from quant_kernels.reference import ExpandedWeight, rms_norm
 from quant_kernels.reference_attention import append_kv, apply_rope
+from quant_kernels.reference_dense import scaled_dot_product
 from quant_kernels.registration import HEAD_DIMS
 
 # q [B, S, Hq, D], k and v [B, S, Hk, D], all after RoPE -> [B, S, Hq, D]
@@ -129,51 +130,6 @@ def attend_quantized(
         sm_scale=1 / math.sqrt(dim), window=window or 0,
     )  # fmt: skip
     return out.unflatten(0, (batch, length))
-
-
-def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v with grouped heads.
-
-    q [B, S, Hq, D]; k, v [B, T, Hk, D]; mask broadcastable to [B, Hq, S, T], True where seen; None
-    means causal (S == T). Returns [B, S, Hq, D].
-    """
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        attn_mask=mask,
-        is_causal=mask is None,
-        enable_gqa=q.shape[2] != k.shape[2],
-    )
-    return out.transpose(1, 2)
-
-
-def attend_newest(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, window: int | None) -> Tensor:
-    """One query a sequence: q [B, Hq, D]; k, v [B, S, Hk, D]; lengths [B] -> [B, Hq, D].
-
-    The query heads that share a KV head become rows of one product, so that k and v are read once
-    per KV head and never repeated. A sequence of length 0 gives what its first token would.
-    """
-    t = torch.arange(k.shape[1], device=q.device)
-    newest = (lengths - 1).clamp(min=0).unsqueeze(1)
-    seen = t <= newest
-    if window is not None:
-        seen &= t > newest - window
-    grouped = q.unflatten(1, (k.shape[2], -1)).transpose(1, 2)  # [B, Hq / Hk, Hk, D]
-    attended = scaled_dot_product(grouped, k, v, seen[:, None, None])
-    return attended.transpose(1, 2).flatten(1, 2)
-
-
-def attend_last(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-    """The last S tokens of one sequence: q [S, Hq, D]; k, v [T, Hk, D] -> [S, Hq, D]."""
-    count, length = len(q), len(k)
-    seen = None
-    if count != length or (window is not None and window < length):
-        distance = torch.arange(length - count, length, device=q.device)[:, None] - torch.arange(
-            length, device=q.device
-        )
-        seen = (distance >= 0) & (distance < (window or length))
-    return scaled_dot_product(q[None], k[None], v[None], seen)[0]
 
 
 def begin(cfg: DecoderConfig, norms: Mapping[str, Tensor], hidden: Tensor) -> Tensor:

@@ -37,7 +37,8 @@ void quantize(const QuantCpuTokens& call, int64_t row) {
 }
 
 template <class T, class W>
-void rms_norm(const QuantCpuTokens& call, const Norm& norm, int64_t row, float* y) {
+void rms_norm(const QuantCpuNorm& norm, int64_t row, float* y) {
+  const QuantCpuTokens& call = norm.tokens;
   const T* x = row_of<T>(call, row);
   T* stream =
       norm.residual == nullptr ? nullptr : static_cast<T*>(norm.residual) + row * norm.residual_row;
@@ -53,7 +54,7 @@ void rms_norm(const QuantCpuTokens& call, const Norm& norm, int64_t row, float* 
     squares = fma(value, value, squares);
   }
   const float mean = sum(squares) / static_cast<float>(call.columns);
-  const float factor = 1.0f / __builtin_sqrtf(mean + norm.eps);
+  const float factor = 1.0f / __builtin_sqrtf(mean + static_cast<float>(norm.eps));
   const W* weight = static_cast<const W*>(norm.weight);
   I32 magnitudes = {};
   for (int64_t k = 0; k < call.columns; k += LANES) {
@@ -81,14 +82,14 @@ void silu_mul(const QuantCpuTokens& call, int64_t row, float* y) {
 }
 
 template <class T>
-void rms_norm_by_weight(const QuantCpuTokens& call, const Norm& norm, int64_t row, float* y) {
-  switch (norm.weight_type) {
+void rms_norm_by_weight(const QuantCpuNorm& call, int64_t row, float* y) {
+  switch (call.weight_type) {
     case QUANT_CPU_BF16:
-      return rms_norm<T, Bf16>(call, norm, row, y);
+      return rms_norm<T, Bf16>(call, row, y);
     case QUANT_CPU_FP16:
-      return rms_norm<T, Fp16>(call, norm, row, y);
+      return rms_norm<T, Fp16>(call, row, y);
     default:
-      return rms_norm<T, float>(call, norm, row, y);
+      return rms_norm<T, float>(call, row, y);
   }
 }
 
@@ -106,15 +107,15 @@ void quantize_token(const QuantCpuTokens& call, int64_t row) {
   }
 }
 
-void rms_norm_token(const QuantCpuTokens& call, const Norm& norm, int64_t row, float* scratch) {
+void rms_norm_token(const QuantCpuNorm& call, int64_t row, float* scratch) {
   const DefaultRounding guard;
-  switch (call.x_type) {
+  switch (call.tokens.x_type) {
     case QUANT_CPU_BF16:
-      return rms_norm_by_weight<Bf16>(call, norm, row, scratch);
+      return rms_norm_by_weight<Bf16>(call, row, scratch);
     case QUANT_CPU_FP16:
-      return rms_norm_by_weight<Fp16>(call, norm, row, scratch);
+      return rms_norm_by_weight<Fp16>(call, row, scratch);
     default:
-      return rms_norm_by_weight<float>(call, norm, row, scratch);
+      return rms_norm_by_weight<float>(call, row, scratch);
   }
 }
 

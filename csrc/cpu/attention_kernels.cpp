@@ -10,10 +10,8 @@
 // digits in base 256 (`int8_products.h`). P is never near 448, and is subnormal below 2^-11 of the
 // page's largest. What the row does not see takes no part in k, nor in anything else.
 //
-// The FP32 sums have one order: pages ascending within a span of SPAN_PAGES pages, then spans
-// ascending. M is an integer, so earlier sums are rescaled by powers of two. Which rows share a
-// tile, which thread takes which span, and whether it is prefill or decode therefore changes no
-// bit.
+// The functions at the end run a tile over a cache of either kind (`dense_attention.h`).
+#include "dense_attention.h"
 #include "int8_products.h"
 #include "kv_pages.h"
 
@@ -23,38 +21,13 @@ namespace {
 
 constexpr int Q_LIMBS = 3, P_LIMBS = 2;
 constexpr int BLOCK_ROWS = 30;  // rows whose scores and sums stay in the L1 cache
-constexpr int SUM_LANES = 16;   // that l and sum p o of a row are kept in, at most
-// Below every score, but finite: the difference of two of them is 0.
-constexpr float LOWEST = -1e30f;
-static_assert(LANES <= SUM_LANES && PAGE % LANES == 0, "whole vectors");
-
-// Sums of some rows over some pages; top is LOWEST where a row has seen no key.
-struct State {
-  float *out, *total, *offsets, *top;  // [rows, dim], 2 [rows, SUM_LANES], [rows]
-  int64_t rows, dim;
-
-  State(float* memory, int64_t rows, int64_t dim) : rows(rows), dim(dim) {
-    out = memory;
-    total = out + rows * dim;
-    offsets = total + rows * SUM_LANES;
-    top = offsets + rows * SUM_LANES;
-  }
-  static constexpr int64_t floats(int64_t rows, int64_t dim) {
-    return rows * (dim + 2 * SUM_LANES + 1);
-  }
-  void clear() {
-    memset(out, 0, sizeof(float) * rows * (dim + 2 * SUM_LANES));
-    for (int64_t r = 0; r < rows; ++r) top[r] = LOWEST;
-  }
-};
 
 struct Queries {
   // Rows behind the last are read by tiles, whatever is there.
   alignas(64) int8_t digits[TILE_ROWS + 6][Q_LIMBS][MAX_HEAD_DIM];
-  int32_t start[TILE_ROWS];                          // -8 sum(Q), since codes are stored plus 8
-  float sum[TILE_ROWS];                              // of Q, times 2^9
-  float unit[TILE_ROWS];                             // times 2^-9
-  int64_t first_key[TILE_ROWS], end_key[TILE_ROWS];  // the keys that a row sees
+  int32_t start[TILE_ROWS];  // -8 sum(Q), since codes are stored plus 8
+  float sum[TILE_ROWS];      // of Q, times 2^9
+  float unit[TILE_ROWS];     // times 2^-9
 };
 
 struct PageOperands {
@@ -70,29 +43,24 @@ struct BlockMemory {
   float fade[BLOCK_ROWS], back[BLOCK_ROWS];
 };
 
-// The queries of a tile and the sequence they belong to.
-struct TileCall {
+// The queries of a tile, ready to be multiplied.
+struct Int4Tile {
   const QuantCpuAttention& call;
-  const Tile& tile;
-  int64_t ratio, first_token, length, kv_len;
+  Rows of;
   Queries q;
   Products products;
 
-  TileCall(const QuantCpuAttention& call, const Tile& tile) : call(call), tile(tile) {
-    const int32_t* bounds = call.cu_seqlens;
-    ratio = call.heads / call.kv_heads;
-    first_token = bounds == nullptr ? tile.sequence : bounds[tile.sequence];
-    length = bounds == nullptr ? 1 : bounds[tile.sequence + 1] - first_token;
-    kv_len = call.kv_lens[tile.sequence];
+  Int4Tile(const QuantCpuAttention& call, const Tile& tile) : call(call), of(call, tile) {
+    read_queries();
   }
-
-  int64_t token(int64_t r) const { return (tile.first + r) / ratio; }
-  int64_t head(int64_t r) const { return tile.kv_head * ratio + (tile.first + r) % ratio; }
+  const Rows& rows() const { return of; }
+  void attend(int64_t span, State& state);
 
   void read_queries() {
-    for (int64_t r = 0; r < tile.count; ++r) {
-      const int64_t at = first_token + token(r);
-      const uint8_t* codes = call.q_codes + at * call.q_token + head(r) * call.q_head;
+    for (int64_t r = 0; r < of.tile.count; ++r) {
+      const int64_t at = of.token(r), head = of.head(r);
+      const uint8_t* codes =
+          static_cast<const uint8_t*>(call.q) + at * call.q_token + head * call.q_head;
       I32 sums = {}, nan = {};
       for (int64_t i = 0; i < call.head_dim; i += LANES) {
         const I32 code = widen(read<U8>(codes + i));
@@ -110,13 +78,9 @@ struct TileCall {
       const int32_t total = sum(sums);
       q.start[r] = -8 * total;
       q.sum[r] = static_cast<float>(total);
-      const float a = call.q_scale[at * call.q_scale_token + head(r)];
+      const float a = call.q_scale[at * call.q_scale_token + head];
       q.unit[r] = a * static_cast<float>(call.scale) * 0x1p-9f;
       if (sum(nan) != 0) q.unit[r] = __builtin_nanf("");
-      const int64_t end = kv_len - length + token(r) + 1;
-      const bool windowed = call.window > 0 && end > call.window;
-      q.end_key[r] = end;
-      q.first_key[r] = windowed ? end - call.window : 0;
     }
   }
 };
@@ -208,30 +172,18 @@ void softmax_row(const PageOperands& page, const Queries& q, int64_t r, int lo, 
   block.back[in_block] = finite ? bits_as<float>((e - 14) << 23) : __builtin_nanf("");
 }
 
-// Where a page's rows of keys are in the cache, and its values'.
-struct PageRows {
-  int64_t keys, values;
-
-  PageRows(const TileCall& t, int64_t index) {
-    const QuantCpuAttention& call = t.call;
-    const int64_t number = call.block_table[t.tile.sequence * call.table_row + index];
-    keys = (number * call.kv_heads + t.tile.kv_head) * PAGE;
-    values = keys + call.pages * call.kv_heads * PAGE;
-  }
-};
-
 // The page after this one, fetched in parts between the steps of this one: pages lie anywhere, so
 // no hardware foresees them, and what is fetched at once beyond a core's fill buffers holds it up.
 struct NextPage {
   const char* codes[2] = {};  // of keys and values; null where there is no next page
   int64_t bytes, done = 0;
 
-  NextPage(const TileCall& t, int64_t index, bool exists) : bytes(PAGE * t.call.head_dim / 2) {
+  NextPage(const Int4Tile& t, int64_t index, bool exists) : bytes(PAGE * t.call.head_dim / 2) {
     if (!exists) return;
-    const PageRows rows(t, index);
+    const PageRows rows(t.of, index);
     const int64_t first[2] = {rows.keys, rows.values};
     for (int i = 0; i < 2; ++i) {
-      codes[i] = reinterpret_cast<const char*>(t.call.kv_codes) + first[i] * (bytes / PAGE);
+      codes[i] = static_cast<const char*>(t.call.kv) + first[i] * (bytes / PAGE);
       const char* scales = reinterpret_cast<const char*>(t.call.kv_scales + first[i] * 2);
       for (int64_t at = 0; at < 4 * PAGE; at += 64) __builtin_prefetch(scales + at);
     }
@@ -248,7 +200,7 @@ struct NextPage {
 };
 
 // Rows [begin, end) of the tile, some of which see keys of the page that starts at first_key.
-void attend_block(TileCall& t, const PageOperands& page, int64_t first_key, int64_t begin,
+void attend_block(Int4Tile& t, const PageOperands& page, int64_t first_key, int64_t begin,
                   int64_t end, State& state, BlockMemory& block, NextPage& next) {
   const int64_t rows = end - begin, dim = state.dim;
   const Digits q = {t.q.digits[begin][0], MAX_HEAD_DIM};
@@ -257,8 +209,8 @@ void attend_block(TileCall& t, const PageOperands& page, int64_t first_key, int6
                           [&](int64_t r, int64_t n, I32 sum) {
                             memcpy(block.sums + r * PAGE + n, &sum, sizeof(sum));
                             if (n + LANES < PAGE) return;
-                            const int64_t lo = t.q.first_key[begin + r] - first_key;
-                            const int64_t hi = t.q.end_key[begin + r] - first_key;
+                            const int64_t lo = t.of.first_key(begin + r) - first_key;
+                            const int64_t hi = t.of.end_key(begin + r) - first_key;
                             softmax_row(page, t.q, begin + r, lo > 0 ? (int)lo : 0,
                                         hi < PAGE ? (int)hi : PAGE, state, block, r);
                           });
@@ -271,80 +223,81 @@ void attend_block(TileCall& t, const PageOperands& page, int64_t first_key, int6
       });
 }
 
-void read_page(const TileCall& t, int64_t index, PageOperands& page, NextPage& next) {
+void read_page(const Int4Tile& t, int64_t index, PageOperands& page, NextPage& next) {
   const QuantCpuAttention& call = t.call;
-  const PageRows rows(t, index);
-  const int64_t half = call.head_dim / 2, stored = t.kv_len - index * PAGE;
-  unpack_keys(call.kv_codes + rows.keys * half, call.head_dim, page.keys);
+  const PageRows rows(t.of, index);
+  const int64_t half = call.head_dim / 2, stored = t.of.kv_len - index * PAGE;
+  const uint8_t* const codes = static_cast<const uint8_t*>(call.kv);
+  unpack_keys(codes + rows.keys * half, call.head_dim, page.keys);
   next.fetch_quarter();
-  unpack_values(call.kv_codes + rows.values * half, call.head_dim, page.values);
+  unpack_values(codes + rows.values * half, call.head_dim, page.values);
   unpack_scales(call.kv_scales + rows.keys * 2, stored, page.k_scale, page.k_offset);
   unpack_scales(call.kv_scales + rows.values * 2, stored, page.v_scale, page.v_offset);
   next.fetch_quarter();
 }
 
 // All pages of one span that rows of the tile see.
-void attend_pages(TileCall& t, int64_t span, State& state) {
+void Int4Tile::attend(int64_t span, State& state) {
   PageOperands page;
   BlockMemory block;
   state.clear();
-  const int64_t rows = t.tile.count, last_key = t.q.end_key[rows - 1];
-  for (int64_t i = span * SPAN_PAGES; i < (span + 1) * SPAN_PAGES && i * PAGE < last_key; ++i) {
-    const int64_t first_key = i * PAGE;
-    // Both ends of what rows see ascend, so those that see something here are neighbours.
-    int64_t begin = 0, end = rows;
-    while (begin < end && t.q.end_key[begin] <= first_key) ++begin;
-    while (end > begin && t.q.first_key[end - 1] >= first_key + PAGE) --end;
-    if (begin == end) continue;
-    NextPage next(t, i + 1, first_key + PAGE < last_key);
-    read_page(t, i, page, next);
+  const int64_t last_key = of.end_key(of.tile.count - 1);
+  for_pages(of, span, [&](int64_t index, int64_t begin, int64_t end) {
+    const int64_t first_key = index * PAGE;
+    NextPage next(*this, index + 1, first_key + PAGE < last_key);
+    read_page(*this, index, page, next);
     for (int64_t r = begin; r < end; r += BLOCK_ROWS) {
       const int64_t stop = r + BLOCK_ROWS < end ? r + BLOCK_ROWS : end;
-      attend_block(t, page, first_key, r, stop, state, block, next);
+      attend_block(*this, page, first_key, r, stop, state, block, next);
     }
-  }
-}
-
-// total += part, row by row.
-void merge(State& total, const State& part) {
-  for (int64_t r = 0; r < total.rows; ++r) {
-    const float before = total.top[r], other = part.top[r];
-    if (other == LOWEST) continue;
-    const float now = before > other ? before : other;
-    const float fade = power_of_two(before - now), share = power_of_two(other - now);
-    const auto add = [&](float* x, const float* y, int64_t n) {
-      for (int64_t i = 0; i < n; i += LANES) store(x + i, load(x + i) * fade + load(y + i) * share);
-    };
-    add(total.out + r * total.dim, part.out + r * total.dim, total.dim);
-    add(total.total + r * SUM_LANES, part.total + r * SUM_LANES, LANES);
-    add(total.offsets + r * SUM_LANES, part.offsets + r * SUM_LANES, LANES);
-    total.top[r] = now;
-  }
+  });
 }
 
 template <class T>
-void finish_as(const TileCall& t, const State& state) {
+void finish_as(const Rows& rows, const State& state) {
+  const QuantCpuAttention& call = rows.call;
   for (int64_t r = 0; r < state.rows; ++r) {
-    T* out = static_cast<T*>(t.call.out) + (t.first_token + t.token(r)) * t.call.out_token +
-             t.head(r) * t.call.out_head;
+    T* out =
+        static_cast<T*>(call.out) + rows.token(r) * call.out_token + rows.head(r) * call.out_head;
     const float total = sum(load(state.total + r * SUM_LANES));
     const float offset = sum(load(state.offsets + r * SUM_LANES));
+    const float* channels = state.out + r * state.dim;
     alignas(64) float ordered[MAX_HEAD_DIM];
-    order_channels(state.out + r * state.dim, state.dim, ordered);
+    if (call.kv_type == QUANT_CPU_INT4) {
+      order_channels(channels, state.dim, ordered);
+      channels = ordered;
+    }
     for (int64_t d = 0; d < state.dim; d += LANES) {
-      store(out + d, (load(ordered + d) + offset) / (total == 0.0f ? 1.0f : total));
+      store(out + d, (load(channels + d) + offset) / (total == 0.0f ? 1.0f : total));
     }
   }
 }
 
-void finish(const TileCall& t, const State& state) {
-  switch (t.call.out_type) {
+void finish(const Rows& rows, const State& state) {
+  switch (rows.call.out_type) {
     case QUANT_CPU_BF16:
-      return finish_as<Bf16>(t, state);
+      return finish_as<Bf16>(rows, state);
     case QUANT_CPU_FP16:
-      return finish_as<Fp16>(t, state);
+      return finish_as<Fp16>(rows, state);
     default:
-      return finish_as<float>(t, state);
+      return finish_as<float>(rows, state);
+  }
+}
+
+// run(tile), of the cache's kind.
+template <class Run>
+void with_tile(const QuantCpuAttention& call, const Tile& tile, const Run& run) {
+  const DefaultRounding guard;
+  const auto as = [&](auto&& it) { run(it); };
+  switch (call.kv_type) {
+    case QUANT_CPU_FP32:
+      return as(DenseTile<float>(call, tile));
+    case QUANT_CPU_BF16:
+      return as(DenseTile<Bf16>(call, tile));
+    case QUANT_CPU_FP16:
+      return as(DenseTile<Fp16>(call, tile));
+    default:
+      return as(Int4Tile(call, tile));
   }
 }
 
@@ -353,11 +306,8 @@ void finish(const TileCall& t, const State& state) {
 int64_t state_floats(int64_t rows, int64_t head_dim) { return State::floats(rows, head_dim); }
 
 void attend_span(const QuantCpuAttention& call, const Tile& tile, int64_t span, float* memory) {
-  const DefaultRounding guard;
-  TileCall t(call, tile);
-  t.read_queries();
   State state(memory, tile.count, call.head_dim);
-  attend_pages(t, span, state);
+  with_tile(call, tile, [&](auto& it) { it.attend(span, state); });
 }
 
 void combine(const QuantCpuAttention& call, const Tile& tile, float* states, int64_t spans,
@@ -369,21 +319,20 @@ void combine(const QuantCpuAttention& call, const Tile& tile, float* states, int
   for (int64_t i = 0; i < spans; ++i) {
     merge(total, State(states + i * stride, tile.count, call.head_dim));
   }
-  finish(TileCall(call, tile), total);
+  finish(Rows(call, tile), total);
 }
 
 void attend(const QuantCpuAttention& call, const Tile& tile, int64_t first_span, int64_t spans) {
-  const DefaultRounding guard;
   alignas(64) float memory[2][State::floats(TILE_ROWS, MAX_HEAD_DIM)];
-  TileCall t(call, tile);
-  t.read_queries();
   State total(memory[0], tile.count, call.head_dim), part(memory[1], tile.count, call.head_dim);
   total.clear();
-  for (int64_t i = 0; i < spans; ++i) {
-    attend_pages(t, first_span + i, part);
-    merge(total, part);
-  }
-  finish(t, total);
+  with_tile(call, tile, [&](auto& it) {
+    for (int64_t i = 0; i < spans; ++i) {
+      it.attend(first_span + i, part);
+      merge(total, part);
+    }
+    finish(it.rows(), total);
+  });
 }
 
 }  // namespace QUANT_ISA

@@ -166,54 +166,30 @@ int run(const Gemm& g, int threads) {
   return QUANT_CPU_OK;
 }
 
-bool is_type(int type) { return type >= QUANT_CPU_FP32 && type <= QUANT_CPU_FP16; }
+bool is_type(int64_t type) { return type >= QUANT_CPU_FP32 && type <= QUANT_CPU_FP16; }
 
 }  // namespace
 }  // namespace quant
 
-int quant_cpu_gemm(const void* x, int64_t x_stride, const float* x_scale, int64_t x_scale_stride,
-                   const uint8_t* codes, const void* t, const float* c, int64_t m, int64_t n,
-                   int64_t k, int64_t group_size, int numerics, void* out, int64_t out_stride,
-                   int out_type, const void* bias, int bias_type, const void* residual,
-                   int64_t residual_stride, int residual_type, int silu_mul, int threads) {
-  if (m < 0 || n < 0 || k < 0) return QUANT_CPU_NEGATIVE_SIZE;
-  if (numerics < QUANT_CPU_INT8 || numerics > QUANT_CPU_EXACT || !quant::is_type(out_type) ||
-      (bias != nullptr && !quant::is_type(bias_type)) ||
-      (residual != nullptr && !quant::is_type(residual_type))) {
+int quant_cpu_gemm(const QuantCpuGemm* call) {
+  if (call == nullptr) return QUANT_CPU_NULL_POINTER;
+  const quant::Gemm g(*call);
+  if (g.m < 0 || g.n < 0 || g.k < 0) return QUANT_CPU_NEGATIVE_SIZE;
+  if (g.numerics < QUANT_CPU_INT8 || g.numerics > QUANT_CPU_EXACT || !quant::is_type(g.out_type) ||
+      (g.bias != nullptr && !quant::is_type(g.bias_type)) ||
+      (g.residual != nullptr && !quant::is_type(g.residual_type))) {
     return QUANT_CPU_UNKNOWN_TYPE;
   }
-  const bool per_channel = group_size < 0;
-  const bool known = per_channel || group_size == 32 || group_size == 64 || group_size == 128;
-  if (k % 8 != 0 || !known || (!per_channel && k % group_size != 0)) {
+  const bool known =
+      g.per_channel || g.group_size == 32 || g.group_size == 64 || g.group_size == 128;
+  if (g.k % 8 != 0 || !known || (!g.per_channel && g.k % g.group_size != 0)) {
     return QUANT_CPU_RAGGED_GROUPS;
   }
-  if (silu_mul != 0 && (n % 2 != 0 || residual != nullptr)) return QUANT_CPU_NOT_A_PAIR;
-  if (m == 0 || n == 0) return QUANT_CPU_OK;
-  if (x_scale == nullptr || c == nullptr || out == nullptr ||
-      (k != 0 && (x == nullptr || codes == nullptr || (!per_channel && t == nullptr)))) {
+  if (g.silu_mul != 0 && (g.n % 2 != 0 || g.residual != nullptr)) return QUANT_CPU_NOT_A_PAIR;
+  if (g.m == 0 || g.n == 0) return QUANT_CPU_OK;
+  if (g.x_scale == nullptr || g.c == nullptr || g.out == nullptr ||
+      (g.k != 0 && (g.x == nullptr || g.codes == nullptr || (!g.per_channel && g.t == nullptr)))) {
     return QUANT_CPU_NULL_POINTER;
   }
-  const quant::Gemm g = {static_cast<const uint8_t*>(x),
-                         x_stride,
-                         x_scale,
-                         x_scale_stride,
-                         codes,
-                         t,
-                         c,
-                         m,
-                         n,
-                         k,
-                         per_channel ? k : group_size,
-                         per_channel,
-                         numerics,
-                         out,
-                         out_stride,
-                         out_type,
-                         bias,
-                         bias_type,
-                         residual,
-                         residual_stride,
-                         residual_type,
-                         silu_mul != 0};
-  return quant::run(g, threads);
+  return quant::run(g, static_cast<int>(std::clamp<int64_t>(g.threads, 1, 1 << 16)));
 }

@@ -17,28 +17,13 @@ constexpr int kMostBlocks = 5;  // of an item: four, or two of the gate and thre
 constexpr int kFp8Rows = 8;     // unpacked together over all of K
 constexpr int kSpan = 128;
 
-struct Gemm {
-  const uint8_t* x;
-  int64_t x_stride;
-  const float* x_scale;
-  int64_t x_scale_stride;
-  const uint8_t* codes;
-  const void* t;
-  const float* c;
-  int64_t m, n, k;
-  int64_t group_size;  // K where per_channel
+// group_size: K where there is one scale an output.
+struct Gemm : QuantCpuGemm {
   bool per_channel;
-  int numerics;  // QuantCpuNumerics
-  void* out;
-  int64_t out_stride;
-  int out_type;  // QuantCpuType
-  const void* bias;
-  int bias_type;
-  const void* residual;
-  int64_t residual_stride;
-  int residual_type;
-  bool silu_mul;
 
+  explicit Gemm(const QuantCpuGemm& call) : QuantCpuGemm(call), per_channel(call.group_size < 0) {
+    if (per_channel) group_size = k;
+  }
   int64_t groups() const { return per_channel ? 1 : k / group_size; }
   int64_t pairs() const { return (groups() + 1) / 2; }
   int64_t spans() const { return (k + kSpan - 1) / kSpan; }

@@ -26,14 +26,6 @@ struct LinearPart {
   int64_t row, token, tokens;
 };
 
-struct Norm {
-  const void* weight;
-  int64_t weight_type;
-  float eps;
-  void* residual;  // null without one
-  int64_t residual_row;
-};
-
 // Rows first .. first + count - 1 of one sequence and KV head; row r is its query token r / ratio
 // and query head kv_head * ratio + r % ratio.
 struct Tile {
@@ -43,7 +35,7 @@ struct Tile {
 struct OpKernels {
   // One row; scratch: `columns` floats.
   void (*quantize)(const QuantCpuTokens& call, int64_t row);
-  void (*rms_norm)(const QuantCpuTokens& call, const Norm& norm, int64_t row, float* scratch);
+  void (*rms_norm)(const QuantCpuNorm& call, int64_t row, float* scratch);
   void (*silu_mul)(const QuantCpuTokens& call, int64_t row, float* scratch);
   void (*rope)(const QuantCpuRope& call, int64_t token);
   // A tile over some spans of its sequence, to the end.
@@ -69,7 +61,7 @@ const OpKernels* op_kernels();
 #ifdef QUANT_ISA
 namespace QUANT_ISA {
 void quantize_token(const QuantCpuTokens& call, int64_t row);
-void rms_norm_token(const QuantCpuTokens& call, const Norm& norm, int64_t row, float* scratch);
+void rms_norm_token(const QuantCpuNorm& call, int64_t row, float* scratch);
 void silu_mul_token(const QuantCpuTokens& call, int64_t row, float* scratch);
 void rope_token(const QuantCpuRope& call, int64_t token);
 void attend(const QuantCpuAttention& call, const Tile& tile, int64_t first_span, int64_t spans);

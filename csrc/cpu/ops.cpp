@@ -92,8 +92,10 @@ int check(const QuantCpuAttention& call) {
   if (status != QUANT_CPU_OK) return status;
   if (call.batch < 0 || call.tokens < 0 || call.pages < 0) return QUANT_CPU_NEGATIVE_SIZE;
   if (call.batch == 0 || call.tokens == 0 || call.heads == 0) return QUANT_CPU_OK;
-  if (call.kv_lens == nullptr || call.q_codes == nullptr || call.q_scale == nullptr ||
-      call.out == nullptr) {
+  if (call.kv_type < QUANT_CPU_FP32 || call.kv_type > QUANT_CPU_INT4) return QUANT_CPU_UNKNOWN_TYPE;
+  const bool dense = call.kv_type != QUANT_CPU_INT4;
+  if (call.kv_lens == nullptr || call.q == nullptr || call.out == nullptr ||
+      (!dense && call.q_scale == nullptr)) {
     return QUANT_CPU_NULL_POINTER;
   }
   const int32_t* bounds = call.cu_seqlens;
@@ -107,7 +109,8 @@ int check(const QuantCpuAttention& call) {
     const int64_t needed = (it.kv_len + PAGE - 1) / PAGE;
     if (it.queries == 0 || needed == 0) continue;
     if (needed > call.table_columns) return QUANT_CPU_INDEX_OUT_OF_RANGE;
-    if (call.block_table == nullptr || call.kv_codes == nullptr || call.kv_scales == nullptr) {
+    if (call.block_table == nullptr || call.kv == nullptr ||
+        (!dense && call.kv_scales == nullptr)) {
       return QUANT_CPU_NULL_POINTER;
     }
     const int32_t* table = call.block_table + b * call.table_row;
@@ -169,6 +172,28 @@ int attend(const QuantCpuAttention& call, const OpKernels& run) {
   return QUANT_CPU_OK;
 }
 
+int replay(const QuantCpuCall& call) {
+  const void* const arguments = call.arguments;
+  switch (call.op) {
+    case QUANT_CPU_OP_QUANTIZE_ACTIVATION:
+      return quant_cpu_quantize_activation(static_cast<const QuantCpuTokens*>(arguments));
+    case QUANT_CPU_OP_RMS_NORM_QUANTIZE:
+      return quant_cpu_rms_norm_quantize(static_cast<const QuantCpuNorm*>(arguments));
+    case QUANT_CPU_OP_SILU_MUL_QUANTIZE:
+      return quant_cpu_silu_mul_quantize(static_cast<const QuantCpuTokens*>(arguments));
+    case QUANT_CPU_OP_GEMM:
+      return quant_cpu_gemm(static_cast<const QuantCpuGemm*>(arguments));
+    case QUANT_CPU_OP_ROPE_APPEND:
+      return quant_cpu_rope_append(static_cast<const QuantCpuRope*>(arguments));
+    case QUANT_CPU_OP_ATTENTION:
+      return quant_cpu_attention(static_cast<const QuantCpuAttention*>(arguments));
+    case QUANT_CPU_OP_LINEAR:
+      return quant_cpu_linear(static_cast<const QuantCpuLinear*>(arguments));
+    default:
+      return QUANT_CPU_UNKNOWN_OP;
+  }
+}
+
 }  // namespace
 }  // namespace quant
 
@@ -180,17 +205,15 @@ int quant_cpu_quantize_activation(const QuantCpuTokens* call) {
   return quant::for_rows(*call, 0, [&](int64_t i, float*) { run->quantize(*call, i); });
 }
 
-int quant_cpu_rms_norm_quantize(const QuantCpuTokens* call, const void* weight, int64_t weight_type,
-                                float eps, void* residual, int64_t residual_row) {
+int quant_cpu_rms_norm_quantize(const QuantCpuNorm* call) {
   const quant::OpKernels* run = quant::op_kernels();
   if (run == nullptr) return QUANT_CPU_ISA_UNAVAILABLE;
-  const int status = quant::check(call);
-  if (status != QUANT_CPU_OK || call->rows == 0) return status;
-  if (weight == nullptr) return QUANT_CPU_NULL_POINTER;
-  const quant::Norm norm = {weight, weight_type, eps, residual, residual_row};
-  return quant::for_rows(*call, call->columns, [&](int64_t i, float* scratch) {
-    run->rms_norm(*call, norm, i, scratch);
-  });
+  if (call == nullptr) return QUANT_CPU_NULL_POINTER;
+  const int status = quant::check(&call->tokens);
+  if (status != QUANT_CPU_OK || call->tokens.rows == 0) return status;
+  if (call->weight == nullptr) return QUANT_CPU_NULL_POINTER;
+  return quant::for_rows(call->tokens, call->tokens.columns,
+                         [&](int64_t i, float* scratch) { run->rms_norm(*call, i, scratch); });
 }
 
 int quant_cpu_silu_mul_quantize(const QuantCpuTokens* call) {
@@ -210,8 +233,14 @@ int quant_cpu_rope_append(const QuantCpuRope* call) {
   if (status != QUANT_CPU_OK) return status;
   if (call->tokens < 0 || call->pages < 0) return QUANT_CPU_NEGATIVE_SIZE;
   if (call->tokens == 0) return QUANT_CPU_OK;
-  const void* needed[] = {call->qkv, call->positions, call->slots,  call->cos,
-                          call->sin, call->q_codes,   call->q_scale};
+  if (call->kv_type != QUANT_CPU_INT4 && call->kv_type != call->qkv_type) {
+    return QUANT_CPU_UNKNOWN_TYPE;
+  }
+  const bool dense = call->kv_type != QUANT_CPU_INT4;
+  const void* const q_scale = dense ? call->q : call->q_scale;  // which a dense cache has not
+  const void* const kv_scales = dense ? call->kv : call->kv_scales;
+  const void* needed[] = {call->qkv, call->positions, call->slots, call->cos,
+                          call->sin, call->q,         q_scale};
   if (std::find(std::begin(needed), std::end(needed), nullptr) != std::end(needed)) {
     return QUANT_CPU_NULL_POINTER;
   }
@@ -221,7 +250,7 @@ int quant_cpu_rope_append(const QuantCpuRope* call) {
     if (position < 0 || position >= call->table_rows || slot >= call->pages * quant::PAGE) {
       return QUANT_CPU_INDEX_OUT_OF_RANGE;
     }
-    if (slot >= 0 && (call->kv_codes == nullptr || call->kv_scales == nullptr)) {
+    if (slot >= 0 && (call->kv == nullptr || kv_scales == nullptr)) {
       return QUANT_CPU_NULL_POINTER;
     }
   }
@@ -239,4 +268,14 @@ int quant_cpu_attention(const QuantCpuAttention* call) {
   if (status != QUANT_CPU_OK) return status;
   if (call->batch == 0 || call->tokens == 0 || call->heads == 0) return QUANT_CPU_OK;
   return quant::attend(*call, *run);
+}
+
+int quant_cpu_replay(const QuantCpuCall* calls, int64_t count) {
+  if (count < 0) return QUANT_CPU_NEGATIVE_SIZE;
+  if (count > 0 && calls == nullptr) return QUANT_CPU_NULL_POINTER;
+  for (int64_t i = 0; i < count; ++i) {
+    const int status = quant::replay(calls[i]);
+    if (status != QUANT_CPU_OK) return status;
+  }
+  return QUANT_CPU_OK;
 }

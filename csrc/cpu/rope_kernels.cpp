@@ -8,6 +8,8 @@
 //            s = F(-extreme / 8),       o = 0                               symmetric
 //            code = clamp(round((x - o) / s), -8, 7), NaN: 0
 //
+// A dense cache takes q, k and v as they are after RoPE.
+//
 // Every step rounds as the definition does, so products and sums are not fused.
 #include "activation_kernels.h"
 
@@ -104,16 +106,26 @@ void rope(const QuantCpuRope& call, int64_t token) {
     if (norm != nullptr) norm_head<T>(x, dim, norm, norm_type, call.eps);
     rotate_head<T>(x, half, cos, sin);
   };
+  const bool dense = call.kv_type != QUANT_CPU_INT4;
+  const auto store_as_is = [&](void* to, int64_t at) {
+    for (int64_t i = 0; i < dim; i += LANES) store(static_cast<T*>(to) + at + i, load(x + i));
+  };
   // kind 0: keys, 1: values.
   const auto append = [&](int64_t kind, int64_t kv_head) {
     const int64_t page = kind * call.pages + slot / PAGE;
     const int64_t place = (page * call.kv_heads + kv_head) * PAGE + slot % PAGE;
-    store_row(x, dim, call.symmetric != 0, call.kv_codes + place * half,
+    if (dense) return store_as_is(call.kv, place * dim);
+    store_row(x, dim, call.symmetric != 0, static_cast<uint8_t*>(call.kv) + place * half,
               call.kv_scales + place * 2);
   };
 
   for (int64_t h = 0; h < call.heads; ++h) {
     turned(call.q_norm, call.q_norm_type);
+    const int64_t at = token * call.q_token + h * call.q_head;
+    if (dense) {
+      store_as_is(call.q, at);
+      continue;
+    }
     I32 magnitudes = {};
     for (int64_t i = 0; i < dim; i += LANES) {
       F32 value = load(x + i);
@@ -125,7 +137,7 @@ void rope(const QuantCpuRope& call, int64_t token) {
     }
     const float a = scale_of(largest(magnitudes), 448.0f);
     call.q_scale[token * call.q_scale_token + h] = a;
-    quantize_row(x, dim, a, true, call.q_codes + token * call.q_token + h * call.q_head);
+    quantize_row(x, dim, a, true, static_cast<uint8_t*>(call.q) + at);
   }
   if (slot < 0) return;
   for (int64_t h = 0; h < call.kv_heads; ++h) {

@@ -26,6 +26,8 @@ const char* quant_cpu_error_string(int status) {
       return "a position, slot, page or sequence is out of range";
     case QUANT_CPU_BAD_HEADS:
       return "query heads do not divide among KV heads, or head_dim is no multiple of 32 up to 256";
+    case QUANT_CPU_UNKNOWN_OP:
+      return "a replayed call is of an unknown op";
     default:
       return "unknown status";
   }

@@ -1,7 +1,8 @@
 // The C ABI of libquant_cpu.so.
 //
 // Every function that can fail returns a QuantCpuStatus and writes nothing unless that is
-// QUANT_CPU_OK. Sizes and strides count elements. Nothing keeps a pointer of the caller's.
+// QUANT_CPU_OK. Sizes and strides count elements. Nothing keeps a pointer of the caller's. Ops take
+// their arguments as one struct, all of whose fields have eight bytes.
 #ifndef QUANT_CPU_H_
 #define QUANT_CPU_H_
 
@@ -10,7 +11,7 @@
 #define QUANT_CPU_API __attribute__((visibility("default")))
 
 // Goes up with every change that an already built caller would notice.
-#define QUANT_CPU_ABI_VERSION 4
+#define QUANT_CPU_ABI_VERSION 5
 
 #ifdef __cplusplus
 extern "C" {
@@ -28,9 +29,16 @@ enum QuantCpuStatus {
   QUANT_CPU_ISA_UNAVAILABLE = 8,
   QUANT_CPU_INDEX_OUT_OF_RANGE = 9,
   QUANT_CPU_BAD_HEADS = 10,
+  QUANT_CPU_UNKNOWN_OP = 11,
 };
 
-enum QuantCpuType { QUANT_CPU_FP32 = 0, QUANT_CPU_BF16 = 1, QUANT_CPU_FP16 = 2 };
+// INT4: of a KV cache, codes with scales and offsets.
+enum QuantCpuType {
+  QUANT_CPU_FP32 = 0,
+  QUANT_CPU_BF16 = 1,
+  QUANT_CPU_FP16 = 2,
+  QUANT_CPU_INT4 = 3
+};
 
 // What a GEMM multiplies: INT8 codes with q t, or E4M3 codes with E4M3(q t) or with q t in FP32.
 enum QuantCpuNumerics { QUANT_CPU_INT8 = 0, QUANT_CPU_LUT = 1, QUANT_CPU_EXACT = 2 };
@@ -80,18 +88,38 @@ QUANT_CPU_API int quant_cpu_set_isa(const char* name);
 // those of the first dimension; the last is dense. bias [n] and residual [m, n] may be null, and
 // residual may be out. An INT8 sum is exact where it fits INT32; FP32 sums depend neither on m nor
 // on `threads`. Memory for intermediate results belongs to the calling thread, which keeps it.
-QUANT_CPU_API int quant_cpu_gemm(const void* x, int64_t x_stride, const float* x_scale,
-                                 int64_t x_scale_stride, const uint8_t* codes, const void* t,
-                                 const float* c, int64_t m, int64_t n, int64_t k,
-                                 int64_t group_size, int numerics, void* out, int64_t out_stride,
-                                 int out_type, const void* bias, int bias_type,
-                                 const void* residual, int64_t residual_stride, int residual_type,
-                                 int silu_mul, int threads);
+typedef struct QuantCpuGemm {
+  const uint8_t* x;
+  int64_t x_stride;
+  const float* x_scale;
+  int64_t x_scale_stride;
+  const uint8_t* codes;
+  const void* t;
+  const float* c;
+  int64_t m;
+  int64_t n;
+  int64_t k;
+  int64_t group_size;
+  int64_t numerics;  // QuantCpuNumerics
+  void* out;
+  int64_t out_stride;
+  int64_t out_type;  // QuantCpuType
+  const void* bias;
+  int64_t bias_type;
+  const void* residual;
+  int64_t residual_stride;
+  int64_t residual_type;
+  int64_t silu_mul;
+  int64_t threads;
+} QuantCpuGemm;
+
+QUANT_CPU_API int quant_cpu_gemm(const QuantCpuGemm* call);
+
 // --- Activations, RoPE and attention over the INT4 cache ----------------------------------------
 //
 // What they compute is defined in quant_kernels/reference.py and reference_attention.py. Rows are
 // `..._row` (or `_token`, `_head`) elements apart, and dense inside. `threads` is the most that a
-// call may use; its results do not depend on it. All fields have eight bytes.
+// call may use; its results do not depend on it.
 
 enum QuantCpuCodes { QUANT_CPU_CODES_E4M3 = 0, QUANT_CPU_CODES_INT8 = 1 };
 
@@ -114,16 +142,25 @@ typedef struct QuantCpuTokens {
 QUANT_CPU_API int quant_cpu_quantize_activation(const QuantCpuTokens* call);
 
 // weight [columns]; residual [rows, columns] of x's type, or null, becomes x + residual.
-QUANT_CPU_API int quant_cpu_rms_norm_quantize(const QuantCpuTokens* call, const void* weight,
-                                              int64_t weight_type, float eps, void* residual,
-                                              int64_t residual_row);
+typedef struct QuantCpuNorm {
+  QuantCpuTokens tokens;
+  const void* weight;
+  int64_t weight_type;
+  double eps;
+  void* residual;
+  int64_t residual_row;
+} QuantCpuNorm;
+
+QUANT_CPU_API int quant_cpu_rms_norm_quantize(const QuantCpuNorm* call);
 
 QUANT_CPU_API int quant_cpu_silu_mul_quantize(const QuantCpuTokens* call);
 
 // qkv [tokens, (heads + 2 kv_heads) head_dim]; positions, slots [tokens], int64 where wide, else
 // int32; cos, sin [table_rows, head_dim / 2]. q_norm, k_norm [head_dim], or null; key_scale,
-// key_shift [kv_heads, head_dim], or null. q_codes [tokens, heads, head_dim], q_scale [tokens,
-// heads]; kv_codes [2, pages, kv_heads, 64, head_dim / 2] and kv_scales [..., 2] (FP16), dense.
+// key_shift [kv_heads, head_dim], or null. kv_type INT4: q [tokens, heads, head_dim] becomes E4M3
+// codes, q_scale [tokens, heads] their scales, kv [2, pages, kv_heads, 64, head_dim / 2] codes and
+// kv_scales [..., 2] (FP16) theirs. kv_type = qkv_type: q and kv [2, pages, kv_heads, 64, head_dim]
+// become numbers of that type, and there are neither scales nor a key transform.
 typedef struct QuantCpuRope {
   const void* qkv;
   int64_t qkv_row;
@@ -137,13 +174,14 @@ typedef struct QuantCpuRope {
   const float* sin;
   int64_t sin_row;
   int64_t table_rows;
-  uint8_t* q_codes;
+  void* q;
   int64_t q_token;
   int64_t q_head;
   float* q_scale;
   int64_t q_scale_token;
-  uint8_t* kv_codes;
+  void* kv;
   uint16_t* kv_scales;
+  int64_t kv_type;
   const void* q_norm;
   int64_t q_norm_type;
   const void* k_norm;
@@ -165,17 +203,18 @@ typedef struct QuantCpuRope {
 QUANT_CPU_API int quant_cpu_rope_append(const QuantCpuRope* call);
 
 // Causal attention of the last cu_seqlens[b + 1] - cu_seqlens[b] of the kv_lens[b] tokens of every
-// sequence b; cu_seqlens null: of the last one. q_codes [tokens, heads, head_dim], q_scale [tokens,
-// heads]; block_table [batch, table_columns]; out [tokens, heads, head_dim]. scale: sm_scale
-// log2(e), positive. window: 0 for none.
+// sequence b; cu_seqlens null: of the last one. q, q_scale, kv and kv_scales as
+// quant_cpu_rope_append writes them, kv_type any; block_table [batch, table_columns]; out [tokens,
+// heads, head_dim]. scale: sm_scale log2(e), positive. window: 0 for none.
 typedef struct QuantCpuAttention {
-  const uint8_t* q_codes;
+  const void* q;
   int64_t q_token;
   int64_t q_head;
   const float* q_scale;
   int64_t q_scale_token;
-  const uint8_t* kv_codes;
+  const void* kv;
   const uint16_t* kv_scales;
+  int64_t kv_type;
   const int32_t* block_table;
   int64_t table_row;
   int64_t table_columns;
@@ -216,6 +255,25 @@ typedef struct QuantCpuLinear {
 } QuantCpuLinear;
 
 QUANT_CPU_API int quant_cpu_linear(const QuantCpuLinear* call);
+
+// Calls one after the other, as if by their caller: what a decode step does, without what it takes
+// to say it anew. Stops at the first that fails, and returns its status.
+enum QuantCpuOp {
+  QUANT_CPU_OP_QUANTIZE_ACTIVATION = 0,
+  QUANT_CPU_OP_RMS_NORM_QUANTIZE = 1,
+  QUANT_CPU_OP_SILU_MUL_QUANTIZE = 2,
+  QUANT_CPU_OP_GEMM = 3,
+  QUANT_CPU_OP_ROPE_APPEND = 4,
+  QUANT_CPU_OP_ATTENTION = 5,
+  QUANT_CPU_OP_LINEAR = 6,
+};
+
+typedef struct QuantCpuCall {
+  int64_t op;             // QuantCpuOp
+  const void* arguments;  // its struct
+} QuantCpuCall;
+
+QUANT_CPU_API int quant_cpu_replay(const QuantCpuCall* calls, int64_t count);
 
 #ifdef __cplusplus
 }

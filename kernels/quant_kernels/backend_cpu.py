@@ -11,7 +11,14 @@ from quant_kernels.cpu_activation import (
     rms_norm_quantize,
     silu_mul_quantize,
 )
-from quant_kernels.cpu_attention import decode_attention, prefill_attention, rope_append
+from quant_kernels.cpu_attention import (
+    decode_attention,
+    dense_decode_attention,
+    dense_prefill_attention,
+    dense_rope_append,
+    prefill_attention,
+    rope_append,
+)
 from quant_kernels.cpu_gemm import gemm
 from quant_kernels.cpu_linear import linear
 from quant_kernels.packing import BlockedWeight
@@ -23,6 +30,9 @@ __all__ = [
     "NAME",
     "WEIGHT",
     "decode_attention",
+    "dense_decode_attention",
+    "dense_prefill_attention",
+    "dense_rope_append",
     "gemm",
     "linear",
     "prefill_attention",

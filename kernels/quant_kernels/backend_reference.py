@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quant_kernels import reference, reference_attention
+from quant_kernels import reference, reference_attention, reference_dense
 from quant_kernels.kv4 import KVFormat
 from quant_kernels.packing import PackedWeight
 
@@ -132,6 +132,49 @@ def decode_attention(
             q_codes, q_scale, *cache, sm_scale=sm_scale, window=window, soft_cap=soft_cap
         )
     )
+
+
+def dense_rope_append(
+    qkv: Tensor,
+    positions: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    slots: Tensor,
+    q: Tensor,
+    kv: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+) -> None:
+    norms = None if q_norm is None or k_norm is None else (q_norm, k_norm)
+    reference_dense.rope_append(qkv, positions, cos, sin, slots, q, kv, norms, eps)
+
+
+def dense_prefill_attention(
+    q: Tensor,
+    kv: Tensor,
+    block_table: Tensor,
+    query_lens: Sequence[int],
+    kv_lens: Sequence[int],
+    out: Tensor,
+    sm_scale: float,
+    window: int,
+) -> None:
+    out.copy_(
+        reference_dense.prefill_attention(q, kv, block_table, query_lens, kv_lens, sm_scale, window)
+    )
+
+
+def dense_decode_attention(
+    q: Tensor,
+    kv: Tensor,
+    block_table: Tensor,
+    kv_lens: Tensor,
+    out: Tensor,
+    sm_scale: float,
+    window: int,
+) -> None:
+    out.copy_(reference_dense.decode_attention(q, kv, block_table, kv_lens, sm_scale, window))
 
 
 def workspace_bytes(

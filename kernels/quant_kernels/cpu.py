@@ -13,7 +13,8 @@ from torch import Tensor
 
 from quant_kernels import native
 
-ABI = 4
+ABI = 5
+ISA_UNAVAILABLE = 8  # QuantCpuStatus
 CODES_PER_WORD = 8
 HUGE_PAGE = 2**21
 
@@ -144,7 +145,10 @@ def set_isa(name: str | None) -> None:
 
 def fail(what: str, status: int) -> NoReturn:
     """Raise RuntimeError with a status in words."""
-    raise RuntimeError(f"{what}: {library().quant_cpu_error_string(status).decode()}")
+    reason = library().quant_cpu_error_string(status).decode()
+    if status == ISA_UNAVAILABLE:
+        reason += f"; this machine has {', '.join(isas())} (argument of set_isa, or $QUANT_CPU_ISA)"
+    raise RuntimeError(f"{what}: {reason}")
 
 
 def library() -> ctypes.CDLL:

@@ -7,16 +7,14 @@ product in large blocks repays that; its sums have another order, so a last bit 
 
 from __future__ import annotations
 
-import ctypes
-import functools
 from struct import Struct
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from quant_kernels import cpu, reference
+from quant_kernels import reference
 from quant_kernels.cpu_activation import TYPES
+from quant_kernels.cpu_calls import invoke
 
 # Measured in BF16 on a Xeon with AMX: at 64 tokens our time is 0.8 of torch's with H = 576 and 0.9
 # with 4096; at 128, 0.8 and 1.3; at 512, 1.7 with H = 576.
@@ -29,19 +27,11 @@ def linear(x: Tensor, weight: Tensor, out: Tensor) -> None:
     if len(x) > MOST_TOKENS:
         reference.linear(x, weight, out)
         return
-    status = _function()(
+    invoke(
+        "linear",
         _LINEAR(
             x.data_ptr(), x.stride(0), weight.data_ptr(), weight.stride(0),
             out.data_ptr(), out.stride(0), TYPES[x.dtype],
             len(x), len(weight), x.shape[1], torch.get_num_threads(),
-        )
+        ),
     )  # fmt: skip
-    if status:
-        cpu.fail("linear", status)
-
-
-@functools.cache
-def _function() -> Any:
-    function = cpu.library()["quant_cpu_linear"]
-    function.argtypes = [ctypes.c_char_p]
-    return function

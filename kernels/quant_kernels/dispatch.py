@@ -2,8 +2,8 @@
 
 The first rule that fits (op, device, capability) names the backend; a rule for `cpu` fits where
 libquant_cpu.so is built, and `quantize doctor` prints whether it is. It is overridden, in this
-order, by the op's argument `backend` and by $FOURBYEIGHT_BACKEND: one backend for all ops (`linear`
-only where it has one), or `op=backend` pairs:
+order, by the op's argument `backend` and by $FOURBYEIGHT_BACKEND: one backend for all ops (those
+in 16 bits only where it has them), or `op=backend` pairs:
 
     FOURBYEIGHT_BACKEND=reference
     FOURBYEIGHT_BACKEND=gemm_w4a8=cutlass,gemm_w4afp8=cutlass
@@ -33,12 +33,16 @@ OPS = (
     "rope_append",
     "prefill_attention",
     "decode_attention",
+    "dense_rope_append",
+    "dense_prefill_attention",
+    "dense_decode_attention",
 )
 BACKENDS = ("cpu", "triton", "cutlass", "reference")
 VARIABLE = "FOURBYEIGHT_BACKEND"
 CUTLASS_OPS = ("gemm_w4afp8", "gemm_w4a8", "prefill_attention", "decode_attention")
-# On a GPU a product in 16 bits is cuBLAS's, and nothing of ours stands beside it.
-NO_LINEAR = ("triton", "cutlass")
+# Ops in 16 bits: on a GPU they are torch's, and nothing of ours stands beside it.
+DENSE_OPS = ("linear", "dense_rope_append", "dense_prefill_attention", "dense_decode_attention")
+NO_DENSE_OPS = ("triton", "cutlass")
 HOPPER = (9, 0)
 FP8_CAPABILITY = (8, 9)  # the first with FP8 tensor cores
 TRITON_CAPABILITY = (8, 0)
@@ -69,7 +73,7 @@ RULES = (
     Rule(_FP8_MMA, "cuda", FP8_CAPABILITY, "triton", "FP8 tensor cores"),
     Rule(_FP8_MMA, "cuda", TRITON_CAPABILITY, "triton", "FP16 tensor cores: FP8 codes are exact"),
     Rule(_FP16_MMA, "cuda", TRITON_CAPABILITY, "triton", "FP16 tensor cores: codes are exact"),
-    Rule(("linear",), "cuda", TRITON_CAPABILITY, "reference", "cuBLAS through torch"),
+    Rule(DENSE_OPS, "cuda", TRITON_CAPABILITY, "reference", "torch: cuBLAS, and its attention"),
     Rule(OPS, "cpu", None, "cpu", "C++ for the machine's vector instructions"),
     Rule(OPS, "cpu", None, "reference", "plain torch, where libquant_cpu.so is not built"),
 )
@@ -145,7 +149,7 @@ def why_no_triton(device: str = "cuda", found: tuple[int, int] = FP8_CAPABILITY)
 
 
 def _why_not(op: str, backend: str, device: torch.device) -> str | None:
-    if op == "linear" and backend in NO_LINEAR:
+    if op in DENSE_OPS and backend in NO_DENSE_OPS:
         return "it has none; on a GPU it is torch's, backend 'reference'"
     if backend == "cutlass":
         return _why_no_cutlass(op, device)
@@ -184,6 +188,6 @@ def _overrides(text: str) -> dict[str, str]:
                 f"${VARIABLE}={text!r}: {part!r} is neither a backend ({', '.join(BACKENDS)}) nor "
                 f"op=backend with one of {', '.join(OPS)}"
             )
-        all_ops = (op for op in OPS if op != "linear" or backend not in NO_LINEAR)
+        all_ops = (op for op in OPS if op not in DENSE_OPS or backend not in NO_DENSE_OPS)
         found.update({op: backend} if given else dict.fromkeys(all_ops, backend))
     return found

@@ -26,6 +26,9 @@ __all__ = [
     "OpError",
     "Weight",
     "decode_attention",
+    "dense_decode_attention",
+    "dense_prefill_attention",
+    "dense_rope_append",
     "gemm",
     "linear",
     "prefill_attention",
@@ -194,6 +197,72 @@ def decode_attention(
     call(
         "decode_attention", q_codes, q_scale, kv_codes, kv_scales, block_table, kv_lens, out,
         sm_scale, window, soft_cap, workspace, backend,
+    )  # fmt: skip
+
+
+def dense_rope_append(
+    qkv: Tensor,
+    positions: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    slots: Tensor,
+    q: Tensor,
+    kv: Tensor,
+    *,
+    norms: tuple[Tensor, Tensor] | None = None,
+    eps: float = 1e-6,
+    backend: str = "",
+) -> None:
+    """`rope_append` for a dense cache: q, k and v stay in qkv's dtype (`reference_dense`).
+
+    Writes q [T, Hq, D] and rows `slots` of kv [2, pages, Hk, KV_PAGE, D]. A negative slot is -1 and
+    stores nothing that is read: a backend may write the last place of the last page for it.
+    """
+    call(
+        "dense_rope_append", qkv, positions, cos, sin, slots, q, kv, *(norms or (None, None)), eps,
+        backend,
+    )  # fmt: skip
+
+
+def dense_prefill_attention(
+    q: Tensor,
+    kv: Tensor,
+    block_table: Tensor,
+    query_lens: Sequence[int],
+    kv_lens: Sequence[int],
+    out: Tensor,
+    *,
+    sm_scale: float,
+    window: int = 0,
+    backend: str = "",
+) -> None:
+    """Causal attention of packed prompts or chunks over a dense cache, q and out [T, Hq, D].
+
+    block_table [B, P] int32; query_lens, kv_lens [B]: known on the host, 1 <= query <= kv.
+    """
+    call(
+        "dense_prefill_attention", q, kv, block_table, list(query_lens), list(kv_lens), out,
+        sm_scale, window, backend,
+    )  # fmt: skip
+
+
+def dense_decode_attention(
+    q: Tensor,
+    kv: Tensor,
+    block_table: Tensor,
+    kv_lens: Tensor,
+    out: Tensor,
+    *,
+    sm_scale: float,
+    window: int = 0,
+    backend: str = "",
+) -> None:
+    """Attention of one token a sequence over a dense cache, q [B, Hq, D] -> out [B, Hq, D].
+
+    kv_lens [B] int32. What length 0 (a padded place) gives is finite and means nothing.
+    """
+    call(
+        "dense_decode_attention", q, kv, block_table, kv_lens, out, sm_scale, window, backend
     )  # fmt: skip
 
 

@@ -7,15 +7,12 @@ slower: at some 300 ops a token microseconds are felt.
 from __future__ import annotations
 
 import functools
-import importlib
 import math
 from collections.abc import Callable
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from quant_kernels import dispatch
 from quant_kernels.arguments import (
     CODES,
     FLOATS,
@@ -25,8 +22,10 @@ from quant_kernels.arguments import (
     expect,
     weight_of,
 )
+from quant_kernels.backends import backend_for
 from quant_kernels.formats import WeightFormat
 from quant_kernels.packing import KV_PAGE
+from quant_kernels.registration_dense import SCHEMAS as DENSE_SCHEMAS
 
 __all__ = ["OpError", "Weight", "backend_for", "call"]
 
@@ -227,25 +226,6 @@ def _decode_attention(
     )  # fmt: skip
 
 
-_MODULES = {
-    "reference": "quant_kernels.backend_reference",
-    "cpu": "quant_kernels.backend_cpu",
-    "triton": "quant_kernels.triton.backend",
-    "cutlass": "quant_kernels.backend_cutlass",
-}
-
-
-def backend_for(op: str, device: torch.device, asked: str) -> ModuleType:
-    """The module of the backend that `dispatch.choose` names."""
-    return _module(dispatch.choose(op, device, asked))
-
-
-@functools.cache
-def _module(backend: str) -> ModuleType:
-    # Triton's is imported where it runs: it may not be installed.
-    return importlib.import_module(_MODULES[backend])
-
-
 _format = functools.cache(WeightFormat)  # which checks what it is made of
 
 
@@ -364,6 +344,7 @@ _SCHEMAS: dict[str, tuple[str, Callable[..., None]]] = {
         "Tensor(b!)? workspace, str backend) -> ()",
         _decode_attention,
     ),
+    **DENSE_SCHEMAS,
 }
 
 

@@ -11,8 +11,7 @@ batch's new tokens, stores keys and values, and lets the queries see their seque
     O_i = sum_t P_it v_t,   P_i = softmax_t(q_i . k_t / sqrt(D)),   max(0, i - window + 1) <= t <= i
 
 `Int4Cache` stores 4-bit codes that the kernels read as they are (`kv4.py`). `DenseCache` stores the
-model's dtype, for models whose checkpoint has no format for keys; its attention is torch's, over a
-copy of the pages that a step sees.
+model's dtype, for models whose checkpoint has no format for keys.
 
 Shapes: L layers, T tokens, Hq / Hk query / KV heads, D head_dim, P pages.
 """
@@ -27,14 +26,13 @@ import torch
 from torch import Tensor
 
 from quant.architectures import DecoderConfig
-from quant.decoder import KeyTransform, attend_last, attend_newest, rotary_table
+from quant.decoder import KeyTransform, rotary_table
 from quant.errors import RequestError
 from quant.runtime.batch import Batch, pages_needed
+from quant.runtime.buffers import Buffers
 from quant_kernels import ops
 from quant_kernels.kv4 import KVFormat
 from quant_kernels.packing import KV_PAGE
-from quant_kernels.reference import rms_norm
-from quant_kernels.reference_attention import apply_rope
 
 
 @dataclass(frozen=True)
@@ -99,12 +97,12 @@ class Int4Cache:
 
     def attend(
         self, layer: int, qkv: Tensor, batch: Batch, options: HeadOptions, out: Tensor,
-        workspace: Tensor | None = None,
+        workspace: Tensor | None, buffers: Buffers,
     ) -> None:  # fmt: skip
         """qkv [T, (Hq + 2 Hk) D], out [T, Hq, D]; BF16, FP16 or FP32."""
         cfg, cache = self.config, (self.codes[layer], self.scales[layer])
-        q_codes = torch.empty(out.shape, dtype=torch.float8_e4m3fn, device=out.device)
-        q_scale = torch.empty(out.shape[:2], device=out.device)
+        q_codes = buffers.empty("q", tuple(out.shape), torch.float8_e4m3fn)
+        q_scale = buffers.empty("scale of q", tuple(out.shape[:2]), torch.float32)
         keys = options.keys
         ops.rope_append(
             qkv, batch.positions, *self.rope, batch.slots, q_codes, q_scale, *cache,
@@ -129,7 +127,7 @@ class Int4Cache:
 
 
 class DenseCache:
-    """keys and values [L, P, KV_PAGE, Hk, D], after RoPE, in the model's dtype.
+    """kv [L, 2, P, Hk, KV_PAGE, D]: keys after RoPE, and values, in the model's dtype.
 
     Raises RequestError where the memory is not there.
     """
@@ -145,14 +143,11 @@ class DenseCache:
     ) -> None:
         self.config = config
         # One page more, which no sequence is given: padded tokens, in slot -1, go there.
-        shape = (config.num_layers, pages + 1, KV_PAGE, config.num_kv_heads, config.head_dim)
+        heads = (config.num_kv_heads, KV_PAGE, config.head_dim)
         size = pages * KV_PAGE * self.bytes_per_token(config, dtype)
-        self.keys = _zeros(shape, dtype, device, size)
-        self.values = _zeros(shape, dtype, device, size)
+        self.kv = _zeros((config.num_layers, 2, pages + 1, *heads), dtype, device, size)
         self.pool = PagePool(pages)
-        self.rope = tuple(
-            torch.cat((table, table), -1) for table in _half_tables(config, max_len, device)
-        )
+        self.rope = _half_tables(config, max_len, device)
 
     @staticmethod
     def bytes_per_token(config: DecoderConfig, dtype: torch.dtype) -> int:
@@ -161,34 +156,27 @@ class DenseCache:
 
     def attend(
         self, layer: int, qkv: Tensor, batch: Batch, options: HeadOptions, out: Tensor,
-        workspace: Tensor | None = None,
+        workspace: Tensor | None, buffers: Buffers,
     ) -> None:  # fmt: skip
         """qkv [T, (Hq + 2 Hk) D], out [T, Hq, D]; in the cache's dtype."""
-        cfg, window = self.config, self.config.sliding_windows[layer]
-        rows = qkv.unflatten(-1, (-1, cfg.head_dim))
-        q, k, v = rows.split((cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads), dim=1)
-        if options.norms is not None:
-            q, k = (
-                rms_norm(x, weight, cfg.rms_norm_eps)
-                for x, weight in zip((q, k), options.norms, strict=True)
-            )
-        turn = [table[batch.positions] for table in self.rope]
-        q, k = apply_rope(q, *turn), apply_rope(k, *turn)
-        keys, values = self.keys[layer], self.values[layer]
-        keys.flatten(0, 1)[batch.slots] = k
-        values.flatten(0, 1)[batch.slots] = v
+        cfg, kv = self.config, self.kv[layer]
+        q = buffers.empty("q", tuple(out.shape), out.dtype)
+        ops.dense_rope_append(
+            qkv, batch.positions, *self.rope, batch.slots, q, kv,
+            norms=options.norms, eps=cfg.rms_norm_eps,
+        )  # fmt: skip
+        scale, window = 1 / math.sqrt(cfg.head_dim), cfg.sliding_windows[layer] or 0
         n = batch.singles
         if n:
-            k_seen, v_seen = (x[batch.block_table[:n]].flatten(1, 2) for x in (keys, values))
-            out[:n] = attend_newest(q[:n], k_seen, v_seen, batch.kv_lens[:n], window)
-        start = n
-        for row in range(n, len(batch.lengths)):
-            length, count = batch.lengths[row], batch.chunk_lengths[row]
-            part = slice(start, start + count)
-            pages = batch.block_table[row]
-            k_seen, v_seen = (x[pages].flatten(0, 1)[:length] for x in (keys, values))
-            out[part] = attend_last(q[part], k_seen, v_seen, window)
-            start += count
+            ops.dense_decode_attention(
+                q[:n], kv, batch.block_table[:n], batch.kv_lens[:n], out[:n],
+                sm_scale=scale, window=window,
+            )  # fmt: skip
+        if n < len(batch.lengths):
+            ops.dense_prefill_attention(
+                q[n:], kv, batch.block_table[n:], batch.chunk_lengths[n:], batch.lengths[n:],
+                out[n:], sm_scale=scale, window=window,
+            )  # fmt: skip
 
 
 def _half_tables(

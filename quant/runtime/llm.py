@@ -17,8 +17,8 @@ from quant.memory import available_bytes
 from quant.outputs import CompletionOutput, RequestOutput, StreamOutput
 from quant.runtime.batch import pages_needed
 from quant.runtime.detokenizer import TextStream
-from quant.runtime.graphs import DecodeGraphs
 from quant.runtime.model import load_model
+from quant.runtime.recordings import recorded_steps
 from quant.runtime.sampling import SamplingParams
 from quant.runtime.scheduler import Request, Scheduler
 from quant_kernels.packing import KV_PAGE
@@ -43,7 +43,7 @@ class LLM:
     in chunks. kv_cache_memory_bytes: of the KV cache; None is what max_num_seqs sequences of
     max_model_len take, as far as there is room. dtype: of what is not packed, and of the KV cache
     where the checkpoint has no format for it ("auto": as stored). device: "auto" takes a GPU where
-    there is one. enforce_eager: no CUDA graphs.
+    there is one. enforce_eager: no CUDA graphs, and no recordings on a CPU.
 
     Raises RequestError where the model does not run here.
     """
@@ -88,9 +88,6 @@ class LLM:
         size = self.model.bytes_per_token
         pages = cache_pages(size, max_num_seqs, max_model_len, target, kv_cache_memory_bytes)
         self.cache = self.model.new_cache(pages, max_model_len)
-        graphs = None
-        if target.type == "cuda" and not enforce_eager:
-            graphs = DecodeGraphs(self.model, self.cache, max_model_len)
         self.scheduler = Scheduler(
             self.model,
             self.cache,
@@ -98,7 +95,7 @@ class LLM:
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
             max_num_batched_tokens=max_num_batched_tokens,
-            graphs=graphs,
+            graphs=None if enforce_eager else recorded_steps(self.model, self.cache, max_model_len),
         )
         # Of the streams that are being read: what was computed and not yet taken.
         self._outboxes: dict[Request, deque[StreamOutput]] = {}

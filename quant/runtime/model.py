@@ -32,6 +32,7 @@ from quant.architectures import SITES, DecoderConfig
 from quant.checkpoint.loading import DecoderSource
 from quant.decoder import Block, Linear
 from quant.runtime.batch import Batch
+from quant.runtime.buffers import Buffers
 from quant.runtime.kv_cache import DenseCache, HeadOptions, Int4Cache
 from quant_kernels import ops
 from quant_kernels.formats import WeightFormat
@@ -91,56 +92,73 @@ class Projection:
         """Whether any part is."""
         return any(isinstance(part.weight, Tensor) for part in self.parts)
 
-    def quantize(self, x: Tensor) -> Activation:
+    def quantize(self, x: Tensor, buffers: Buffers) -> Activation:
         """x [T, K] as the parts take it."""
-        quantized = self._codes(x)
+        quantized = self._codes("codes", tuple(x.shape), buffers)
         if quantized is not None:
             ops.quantize_activation(x, *quantized)
         return Activation(x if self.is_dense else None, quantized)
 
-    def norm_quantize(self, hidden: Tensor, weight: Tensor, eps: float) -> Activation:
+    def norm_quantize(
+        self, hidden: Tensor, weight: Tensor, eps: float, buffers: Buffers
+    ) -> Activation:
         """RMSNorm of hidden [T, K], as the parts take it."""
-        quantized = None if self.is_dense else self._codes(hidden)
+        quantized = None
+        if not self.is_dense:
+            quantized = self._codes("codes", tuple(hidden.shape), buffers)
         if quantized is None:
-            return self.quantize(rms_norm(hidden, weight, eps))
+            return self.quantize(rms_norm(hidden, weight, eps), buffers)
         ops.rms_norm_quantize(hidden, weight, eps, *quantized)
         return Activation(None, quantized)
 
-    def forward(self, given: Activation, like: Tensor, workspace: Tensor | None) -> Tensor:
+    def forward(
+        self, given: Activation, like: Tensor, workspace: Tensor | None, buffers: Buffers
+    ) -> Tensor:
         """[T, N], of like's dtype."""
-        out = like.new_empty(len(like), self.rows)
+        out = buffers.empty("product", (len(like), self.rows), like.dtype)
         start = 0
         for part in self.parts:
             part.multiply(given, out[:, start : start + part.rows], workspace)
             start += part.rows
         return out
 
-    def add_to(self, hidden: Tensor, given: Activation, workspace: Tensor | None) -> None:
+    def add_to(
+        self, hidden: Tensor, given: Activation, workspace: Tensor | None, buffers: Buffers
+    ) -> None:
         """hidden [T, N] += the product."""
         if self.is_dense:
-            hidden += self.forward(given, hidden, workspace)
+            hidden += self.forward(given, hidden, workspace, buffers)
         else:
             self.parts[0].multiply(given, hidden, workspace, residual=hidden)
 
     def silu_mul(
-        self, given: Activation, like: Tensor, following: Projection, workspace: Tensor | None
+        self,
+        given: Activation,
+        like: Tensor,
+        following: Projection,
+        workspace: Tensor | None,
+        buffers: Buffers,
     ) -> Activation:
         """The first half of the rows is the gate, the second up: [T, N / 2] as `following` takes
         it."""
         if self.is_dense:
-            return following.quantize(silu_mul(self.forward(given, like, workspace)))
-        out = like.new_empty(len(like), self.rows // 2)
-        quantized = following._codes(out)
+            gated = silu_mul(self.forward(given, like, workspace, buffers))
+            return following.quantize(gated, buffers)
+        shape = (len(like), self.rows // 2)
+        out = buffers.empty("gated", shape, like.dtype)
+        quantized = following._codes("gated codes", shape, buffers)
         codes, scale = quantized or (None, None)
         self.parts[0].multiply(given, out, workspace, silu_mul=True, codes=codes, scale=scale)
         return Activation(out if following.is_dense else None, quantized)
 
-    def _codes(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Room for the codes and scales of x [T, K]."""
+    def _codes(
+        self, name: str, shape: tuple[int, ...], buffers: Buffers
+    ) -> tuple[Tensor, Tensor] | None:
+        """Room for the codes and scales of an input of shape [T, K]."""
         if self.kind is None:
             return None
-        codes = torch.empty(x.shape, dtype=CODES[self.kind], device=x.device)
-        return codes, torch.empty(len(x), 1, device=x.device)
+        codes = buffers.empty(name, shape, CODES[self.kind])
+        return codes, buffers.empty(f"scale of {name}", (shape[0], 1), torch.float32)
 
 
 @dataclass(frozen=True)
@@ -188,20 +206,26 @@ class Model:
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: Cache) -> Tensor:
         """The last block's output [T, H]; stores the batch's keys and values in the cache."""
-        cfg = self.config
         hidden = F.embedding(batch.tokens, self.embedding)
+        self.run_layers(hidden, batch, cache, Buffers(self.device))
+        return hidden
+
+    def run_layers(self, hidden: Tensor, batch: Batch, cache: Cache, buffers: Buffers) -> None:
+        """hidden [T, H], the embedded tokens, becomes the last block's output."""
+        cfg = self.config
         workspace = self._workspace(len(batch.tokens), batch.singles)
+        attended = buffers.empty(
+            "attended", (len(hidden), cfg.num_heads, cfg.head_dim), hidden.dtype
+        )
         for index, layer in enumerate(self.layers):
             qkv, o, gate_up, down = (layer.projections[site] for site in SITES)
-            x = qkv.norm_quantize(hidden, layer.norms[0], cfg.rms_norm_eps)
-            rows = qkv.forward(x, hidden, workspace)
-            attended = rows.new_empty(len(rows), cfg.num_heads, cfg.head_dim)
-            cache.attend(index, rows, batch, layer.heads, attended, workspace)
-            o.add_to(hidden, o.quantize(attended.flatten(1)), workspace)
-            x = gate_up.norm_quantize(hidden, layer.norms[1], cfg.rms_norm_eps)
-            gated = gate_up.silu_mul(x, hidden, down, workspace)
-            down.add_to(hidden, gated, workspace)
-        return hidden
+            x = qkv.norm_quantize(hidden, layer.norms[0], cfg.rms_norm_eps, buffers)
+            rows = qkv.forward(x, hidden, workspace, buffers)
+            cache.attend(index, rows, batch, layer.heads, attended, workspace, buffers)
+            o.add_to(hidden, o.quantize(attended.flatten(1), buffers), workspace, buffers)
+            x = gate_up.norm_quantize(hidden, layer.norms[1], cfg.rms_norm_eps, buffers)
+            gated = gate_up.silu_mul(x, hidden, down, workspace, buffers)
+            down.add_to(hidden, gated, workspace, buffers)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from quant.errors import RequestError
 from quant.runtime.batch import Chunk, in_order, make_batch, pages_needed
 from quant.runtime.graphs import DecodeGraphs
 from quant.runtime.model import Cache, Model
+from quant.runtime.recordings import DecodeRecordings
 from quant.runtime.sampling import Logprob, SamplingParams, penalized, sample, token_logprobs
 
 
@@ -67,7 +68,7 @@ class Scheduler:
         max_num_seqs: int,
         max_model_len: int,
         max_num_batched_tokens: int,
-        graphs: DecodeGraphs | None = None,
+        graphs: DecodeGraphs | DecodeRecordings | None = None,
     ) -> None:
         self.model, self.cache, self.eos_token_ids = model, cache, eos_token_ids
         self.max_num_seqs, self.max_model_len = max_num_seqs, max_model_len

@@ -298,7 +298,8 @@ except RuntimeError as error:
 """
     refusal = (
         "quantize_activation: the instruction set that was asked for is unknown, or this machine "
-        "lacks it"
+        f"lacks it; this machine has {', '.join(cpu.isas())} (argument of set_isa, or "
+        "$QUANT_CPU_ISA)"
     )
     for name, wanted in (("portable", "portable"), ("avx1024", refusal), ("", cpu.isas()[0])):
         done = subprocess.run(
@@ -318,13 +319,13 @@ def test_c_functions_check_their_arguments_before_they_touch_memory():
         for rows, status in ((0, ok), (-1, negative), (3, null)):
             call = struct.pack("11q", 0, 8, 0, rows, 8, 0, 8, 0, 0, 1, 1)
             assert function(call) == status
-    for name, fields in (("rope_append", 35), ("attention", 25)):
+    for name, fields in (("rope_append", 36), ("attention", 26)):
         function = library[f"quant_cpu_{name}"]
         assert function(None) == null
         assert function(bytes(8 * fields)) == heads
-    sizes = {"batch": 16, "tokens": 17, "pages": 18, "heads": 19, "kv_heads": 20, "head_dim": 21}
+    sizes = {"batch": 17, "tokens": 18, "pages": 19, "heads": 20, "kv_heads": 21, "head_dim": 22}
     for batch, status in ((0, ok), (2, null), (-1, negative)):
-        call = [0] * 25
+        call = [0] * 26
         for name, value in zip(sizes, (batch, 2, 4, 6, 2, 64), strict=True):
             call[sizes[name]] = value
-        assert library.quant_cpu_attention(struct.pack("25q", *call)) == status
+        assert library.quant_cpu_attention(struct.pack("26q", *call)) == status

@@ -292,6 +292,7 @@ def every_call() -> dict[str, tuple]:
     lengths = torch.tensor([100, 64], dtype=torch.int32)
     q_codes, a = reference.quantize_activation(tokens(2 * HQ, D).view(2, HQ, D), "fp8")
     shared = (q_codes, a.squeeze(-1), kv_codes, kv_scales, table)
+    kv = tokens(kv_codes.numel() // D * 2, D).view(*kv_codes.shape[:-1], D)
     empty = torch.empty(0)
     gemm = (weight.words, weight.scales, empty, 64)
     integer = packed(16, 128, WeightFormat("w4a8", 64, "int8"))
@@ -319,6 +320,17 @@ def every_call() -> dict[str, tuple]:
             0.2, 0, 5.0, 0.0, "",
         ),
         "decode_attention": (*shared, lengths, torch.zeros(2, HQ, D), 0.2, 0, 5.0, None, ""),
+        "dense_rope_append": (
+            *(rope_arguments()[name] for name in ("qkv", "positions", "cos", "sin", "slots")),
+            torch.zeros(7, HQ, D).bfloat16(), kv, None, None, 1e-6, "",
+        ),
+        "dense_prefill_attention": (
+            tokens(2 * HQ, D).view(2, HQ, D), kv, table, [1, 1], [100, 64], torch.zeros(2, HQ, D),
+            0.2, 0, "",
+        ),
+        "dense_decode_attention": (
+            tokens(2 * HQ, D).view(2, HQ, D), kv, table, lengths, torch.zeros(2, HQ, D), 0.2, 0, "",
+        ),
     }  # fmt: skip
 
 

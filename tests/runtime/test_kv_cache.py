@@ -13,6 +13,7 @@ from torch import Tensor
 from quant.decoder import Decoder
 from quant.errors import RequestError
 from quant.runtime.batch import Chunk, make_batch, pages_needed
+from quant.runtime.buffers import Buffers
 from quant.runtime.kv_cache import DenseCache, HeadOptions, Int4Cache, PagePool
 from quant.runtime.model import Cache
 from quant_kernels.kv4 import KVFormat
@@ -64,9 +65,8 @@ def caches(decoder: Decoder, pages: int) -> list[Cache]:
 
 def stored(cache: Cache) -> list[Tensor]:
     """What the cache holds, with the places of pages flat: [slots, ...] of the last layer."""
-    if isinstance(cache, DenseCache):
-        return [x[-1].flatten(0, 1) for x in (cache.keys, cache.values)]
-    places = (x[-1].transpose(2, 3).flatten(1, 2) for x in (cache.codes, cache.scales))
+    held = (cache.kv,) if isinstance(cache, DenseCache) else (cache.codes, cache.scales)
+    places = (x[-1].transpose(2, 3).flatten(1, 2) for x in held)
     return [part for both in places for part in both.unbind(0)]
 
 
@@ -80,7 +80,7 @@ def attend(cache: Cache, chunks: list[Chunk], rows: Tensor) -> Tensor:
     """The last layer's attention, [T, Hq, D]; what it is written into holds NaN before."""
     cfg, batch = cache.config, make_batch(chunks, CPU)
     out = torch.full((len(rows), cfg.num_heads, cfg.head_dim), math.nan)
-    cache.attend(cfg.num_layers - 1, rows, batch, HeadOptions(), out)
+    cache.attend(cfg.num_layers - 1, rows, batch, HeadOptions(), out, None, Buffers(CPU))
     return out
 
 
@@ -107,8 +107,8 @@ def test_attention_over_dense_pages_is_the_formula(
     frozen = dataclasses.replace(decoder.config, inv_freq=(0.0,) * len(decoder.config.inv_freq))
     cfg, window = frozen, frozen.sliding_windows[-1]
     cache = DenseCache(frozen, 4, torch.float32, max_len=200, device=CPU)
-    cache.keys.fill_(30.0)
-    cache.values.fill_(-1000.0)
+    cache.kv[:, 0] = 30.0
+    cache.kv[:, 1] = -1000.0
     rows = rows_of(decoder, 90)
     parts = rows.unflatten(-1, (-1, cfg.head_dim))
     q, k, v = parts.split((cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads), dim=1)
@@ -139,7 +139,7 @@ def test_padding_stores_nothing_and_is_finite(load_fp32: Callable[[str], Decoder
             batch, slots=torch.full_like(batch.slots, -1), kv_lens=torch.zeros_like(batch.kv_lens)
         )
         out = torch.full((2, decoder.config.num_heads, decoder.config.head_dim), math.nan)
-        cache.attend(1, rows_of(decoder, 2), padded, HeadOptions(), out)
+        cache.attend(1, rows_of(decoder, 2), padded, HeadOptions(), out, None, Buffers(CPU))
         assert bool(out.isfinite().all())
         places = 3 * KV_PAGE  # a dense cache has a page more, for padding
         for x, y in zip(stored(cache), before, strict=True):
@@ -150,7 +150,7 @@ def test_bytes_per_token_is_what_is_allocated(load_fp32: Callable[[str], Decoder
     config = load_fp32("qwen3").config
     for dtype in (torch.bfloat16, torch.float32):
         cache = DenseCache(config, 3, dtype, max_len=17, device=CPU)
-        size = (cache.keys.nbytes + cache.values.nbytes) * 3 / 4
+        size = cache.kv.nbytes * 3 / 4
         assert DenseCache.bytes_per_token(config, dtype) * 3 * KV_PAGE == size
     packed = Int4Cache(config, 3, KVFormat(), max_len=17, device=CPU)
     size = packed.codes.nbytes + packed.scales.nbytes

@@ -436,7 +436,7 @@ def test_the_default_length_is_the_models_or_4096(
 
 def test_the_cache_has_the_models_type(tiny_checkpoint: Callable[[str], Path]) -> None:
     llm = LLM(tiny_checkpoint("llama"), device="cpu")
-    assert llm.model.dtype == llm.cache.keys.dtype == torch.bfloat16
+    assert llm.model.dtype == llm.cache.kv.dtype == torch.bfloat16
     assert len(token_ids(llm.generate(["a", "bc"], GREEDY))) == 2
 
 
