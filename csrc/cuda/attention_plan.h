@@ -59,12 +59,22 @@ constexpr int64_t image_bytes(int head_dim) {
 inline int64_t prefill_workspace(const QuantCudaPrefill& prefill) {
   return images(prefill) * image_bytes(prefill.attention.head_dim);
 }
-// An image costs a multiprocessor what its memory takes for 17 KB written and 9 KB read, some 2000
-// clocks at D = 128; a block that need not unpack a page saves 200 issues of each scheduler. Of a
-// prompt, half of the tiles see a page. 256 MB hold 120000 tokens of eight such heads.
-constexpr int64_t kLeastTiles = 16, kMostImageBytes = 256 << 20;
+// In clocks of a multiprocessor, estimated and not yet measured: what a block saves with a page
+// that it need not unpack (prefill_kernel.cuh), what memory takes for an image's 17 KB written and
+// 9 KB read, both at D = 128, and how long the launch of a kernel more is.
+constexpr int64_t kUnpackClocks = 240, kImageClocks = 2000, kLaunchClocks = 5000;
+constexpr int64_t kMostImageBytes = 256 << 20;  // 120000 tokens of eight heads of 128
 inline bool gains(const QuantCudaPrefill& prefill) {
-  return tiles_of(prefill) >= kLeastTiles && prefill_workspace(prefill) <= kMostImageBytes;
+  const QuantCudaAttention& a = prefill.attention;
+  // Twice the tiles that see a page: of a prompt half of all, of a chunk behind many keys all.
+  const int64_t length = prefill.max_query_len, keys = int64_t{1} * prefill.table_pages * kPage;
+  const int64_t total = keys > length ? keys : length;
+  const int64_t of_all = tiles_of(prefill) * (2 * total - length) / total;
+  const int64_t of_window = 2 * (a.window / (kTileQueries / (a.heads / a.kv_heads)) + 1);
+  const int64_t readers = a.window > 0 && of_window < of_all ? of_window : of_all;
+  const int64_t saved = images(prefill) * (kUnpackClocks * readers / 2 - kImageClocks);
+  return saved * a.head_dim / 128 >= kLaunchClocks * prefill.workers &&
+         prefill_workspace(prefill) <= kMostImageBytes;
 }
 inline int check(const QuantCudaPrefill& prefill) {
   const QuantCudaAttention& a = prefill.attention;

@@ -2,7 +2,7 @@
 
 Head dims 64, 128 and 256, up to 16 query heads a KV head in decode; other shapes raise OpError and
 name the backend that takes them. Soft cap and skipping are kernels of their own, and so is prefill
-over pages that a kernel ahead of it has unpacked, for prompts long enough.
+over pages that a kernel before it has unpacked, for prompts long enough.
 """
 
 from __future__ import annotations
@@ -90,10 +90,10 @@ def prefill_call(
     )  # fmt: skip
     call = Prefill(attention, cu_seqlens.data_ptr(), None, 0, max_query_len, block_table.shape[1])
     call.skip_threshold = skip_threshold
+    call.workers = workers
     if workspace is not None:
         call.workspace = workspace.data_ptr()
         call.workspace_bytes = workspace.numel() * workspace.element_size()
-        call.workers = workers
     return call
 
 
@@ -148,6 +148,7 @@ def prefill_attention(
     call = prefill_call(
         q_codes, q_scale, kv_codes, kv_scales, block_table, cu_seqlens, kv_lens, max_query_len,
         out, sm_scale, window, soft_cap, skip_threshold,
+        workers=multiprocessors(q_codes.device),
     )  # fmt: skip
     library = cuda.library()
     if library.quant_cuda_prefill_gains(ctypes.byref(call)) if expand is None else expand:
@@ -155,7 +156,6 @@ def prefill_attention(
         call.workspace_bytes = library.quant_cuda_prefill_workspace(ctypes.byref(call))
         workspace = q_codes.new_empty(call.workspace_bytes, dtype=torch.uint8)
         call.workspace = workspace.data_ptr()
-        call.workers = multiprocessors(q_codes.device)
     _start(op, call, q_codes.device)
 
 

@@ -180,17 +180,22 @@ def test_workspaces_that_do_not_do_are_refused(simulator):
     assert status(table_pages=0) == status(workers=0) == BAD_SHAPE
 
 
-def test_expanding_pays_for_pages_that_many_tiles_read(simulator):
-    def gains(length: int, total: int, heads: int = 32, batch: int = 1) -> bool:
-        call = call_of(Case(128, 1, 1, ((1, 1),)), math.ceil(total / 64))
-        call.max_query_len = length
+def test_expanding_pays_where_many_tiles_read_many_pages(simulator):
+    def gains(length: int, total: int, heads: int = 32, batch: int = 1, window: int = 0) -> bool:
+        call = call_of(Case(128, 1, 1, ((1, 1),), window=window), math.ceil(total / 64))
+        call.max_query_len, call.workers = length, 132
         call.attention.heads, call.attention.kv_heads = heads, 8
         call.attention.batch = batch
         return bool(simulator.quant_cuda_prefill_gains(ctypes.byref(call)))
 
-    assert [gains(n, 4096) for n in (1, 480, 481, 4096)] == [False, False, True, True]
-    assert gains(2048, 2048, heads=8)
-    assert not gains(1900, 1900, heads=8)
+    # Of 32 heads and 8 KV heads a tile is 32 tokens.
+    assert [gains(n, n) for n in (1, 512, 1024, 2048, 8192)] == [False, False, False, True, True]
+    assert [gains(n, n, batch=16) for n in (512, 1024, 2048)] == [False, True, True]
+    assert [gains(n, n, heads=8) for n in (2048, 4096, 8192)] == [False, True, True]
+    assert [gains(256, n) for n in (256, 65536)] == [False, False]
+    assert [gains(512, n) for n in (512, 4096, 65536)] == [False, True, True]  # chunks
+    assert gains(8192, 8192, window=4096)
+    assert not gains(8192, 8192, window=128)
     assert gains(2048, 100_000)
     assert not gains(2048, 200_000)  # a workspace of 440 MB
     assert not gains(8192, 8192, batch=16)
