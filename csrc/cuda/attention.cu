@@ -126,7 +126,7 @@ int64_t quant_cuda_prefill_workspace(const QuantCudaPrefill* prefill) {
 }
 
 int quant_cuda_prefill_gains(const QuantCudaPrefill* prefill) {
-  return prefill != nullptr && quant::gains(*prefill);
+  return quant_cuda_prefill_check(prefill) == QUANT_CUDA_OK && quant::gains(*prefill);
 }
 
 int quant_cuda_prefill_attention(const QuantCudaPrefill* prefill, int device, void* stream) {

@@ -64,6 +64,7 @@ inline int64_t prefill_workspace(const QuantCudaPrefill& prefill) {
 // 9 KB read, both at D = 128, and how long the launch of a kernel more is.
 constexpr int64_t kUnpackClocks = 240, kImageClocks = 2000, kLaunchClocks = 5000;
 constexpr int64_t kMostImageBytes = 256 << 20;  // 120000 tokens of eight heads of 128
+// After `check`.
 inline bool gains(const QuantCudaPrefill& prefill) {
   const QuantCudaAttention& a = prefill.attention;
   // Twice the tiles that see a page: of a prompt half of all, of a chunk behind many keys all.

@@ -134,7 +134,7 @@ QUANT_CUDA_API int quant_cuda_decode_blocks(int heads, int kv_heads, int head_di
 QUANT_CUDA_API int64_t quant_cuda_decode_workspace(const QuantCudaDecode* decode);
 
 // Bytes of workspace of a prefill, whatever its lengths; whether they are few enough, and enough
-// blocks read a page, that it should be faster with them.
+// blocks read a page, that it should be faster with them (not where the check refuses it).
 QUANT_CUDA_API int64_t quant_cuda_prefill_workspace(const QuantCudaPrefill* prefill);
 QUANT_CUDA_API int quant_cuda_prefill_gains(const QuantCudaPrefill* prefill);
 

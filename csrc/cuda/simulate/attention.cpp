@@ -119,7 +119,9 @@ int64_t quant_cuda_decode_workspace(const QuantCudaDecode* decode) {
 int64_t quant_cuda_prefill_workspace(const QuantCudaPrefill* prefill) {
   return quant::prefill_workspace(*prefill);
 }
-int quant_cuda_prefill_gains(const QuantCudaPrefill* prefill) { return quant::gains(*prefill); }
+int quant_cuda_prefill_gains(const QuantCudaPrefill* prefill) {
+  return quant::check(*prefill) == QUANT_CUDA_OK && quant::gains(*prefill);
+}
 
 // Null where all threads ended, or what went wrong; a status of the check as "status N".
 // zeros: one a worker, zeros again after.
