@@ -7,6 +7,7 @@ sequences of one length, one new token each. The baseline is torch's scaled_dot_
 over BF16 keys and values that lie contiguous, which ours do not: the fastest of its cuDNN, flash
 and memory-efficient kernels, with grouped heads or with keys and values repeated beforehand, and in
 decode also with the query heads of a KV head as rows of one call, which reads the cache once.
+"cutlass, unpacking" is cutlass with prefill's pages unpacked where they are read, never before.
 
 Caches are random bytes with random scales. Pages lie in random order. Small ones rotate through
 several, larger than the L2 cache together (`timing.py`).
