@@ -7,6 +7,7 @@ sequences of one length, one new token each. The baseline is torch's scaled_dot_
 over BF16 keys and values that lie contiguous, which ours do not: the fastest of its cuDNN, flash
 and memory-efficient kernels, with grouped heads or with keys and values repeated beforehand, and in
 decode also with the query heads of a KV head as rows of one call, which reads the cache once.
+"cutlass, unpacking" is cutlass with prefill's pages unpacked where they are read, never before.
 
 Caches are random bytes with random scales. Pages lie in random order. Small ones rotate through
 several, larger than the L2 cache together (`timing.py`).
@@ -44,7 +45,7 @@ from benchmarks.timing import (  # noqa: E402
     l2_bytes,
     measure,
 )
-from quant_kernels import dispatch, ops  # noqa: E402
+from quant_kernels import cuda_attention, dispatch, ops  # noqa: E402
 from quant_kernels.packing import KV_PAGE  # noqa: E402
 
 BATCHES = (1, 8, 16, 64)
@@ -94,7 +95,7 @@ def queries(tokens: int, model: ModelShape, device: torch.device) -> tuple[Tenso
 
 def prefill_calls(
     model: ModelShape, length: int, device: torch.device, backend: str = "triton"
-) -> list[Call]:
+) -> list[functools.partial[None]]:
     """Our prefill of a prompt, a call for every copy of its cache."""
     cache = Cache(model, 1, length, device)
     codes, scale, out = queries(length, model, device)
@@ -105,6 +106,17 @@ def prefill_calls(
             cache.lengths, length, out, sm_scale=model.head_dim**-0.5, backend=backend,
         )
         for table in cache.tables
+    ]  # fmt: skip
+
+
+def unpacking_calls(model: ModelShape, length: int, device: torch.device) -> list[Call]:
+    """The same by the CUDA kernel whose blocks unpack their pages themselves."""
+    return [
+        functools.partial(
+            cuda_attention.prefill_attention, *call.args, window=0, expand=False,
+            sm_scale=call.keywords["sm_scale"],
+        )
+        for call in prefill_calls(model, length, device)
     ]  # fmt: skip
 
 
@@ -163,11 +175,17 @@ def measure_prefill(model: ModelShape, length: int, device: torch.device) -> lis
     needed = 2 * length * model.head_dim * (3 * model.heads + 2 * model.kv_heads * (1 + ratio))
     row = {"op": "prefill", "model": model.name, "batch": 1, "context": length}
     work = prefill_work(length, model.heads, model.kv_heads, model.head_dim)
+    ours: dict[str, Callable[[], Sequence[Call]]] = {
+        backend: functools.partial(prefill_calls, model, length, device, backend)
+        for backend in backends("prefill_attention", device)
+    }
+    if "cutlass" in ours:
+        ours["cutlass, unpacking"] = functools.partial(unpacking_calls, model, length, device)
     return _row(
         row | asdict(work),
         needed,
         device,
-        lambda backend: prefill_calls(model, length, device, backend),
+        ours,
         lambda: baselines(model, 1, length, length, device),
     )
 
@@ -183,7 +201,10 @@ def measure_decode(
         row | asdict(work),
         needed,
         device,
-        lambda backend: decode_calls(model, batch, length, device, backend),
+        {
+            backend: functools.partial(decode_calls, model, batch, length, device, backend)
+            for backend in backends("decode_attention", device)
+        },
         lambda: baselines(model, batch, 1, length, device),
     )
 
@@ -223,7 +244,7 @@ def _row(
     row: dict[str, Any],
     needed: int,
     device: torch.device,
-    ours: Callable[[str], list[Call]],
+    ours: dict[str, Callable[[], Sequence[Call]]],
     theirs: Callable[[], dict[str, list[Call]]],
 ) -> list[dict[str, Any]]:
     """Time them one after the other, so that only one side's buffers are held."""
@@ -239,10 +260,10 @@ def _row(
     except RuntimeError as error:
         row["bf16_error"] = str(error)
     rows = []
-    for backend in backends(f"{row['op']}_attention", device):
+    for backend, calls in ours.items():
         mine = row | {"backend": backend}
         try:
-            timing = measure(ours(backend), device)
+            timing = measure(calls(), device)
         except Exception as error:
             rows.append(mine | {"error": first_line(error)})
             continue

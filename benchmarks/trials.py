@@ -37,7 +37,7 @@ from benchmarks.shapes import (
     HEAD_DIMS,
     MODELS,
 )
-from quant_kernels import dispatch, ops, reference
+from quant_kernels import cuda_attention, dispatch, ops, reference
 from quant_kernels.formats import GROUP_SIZES, WeightFormat, every_format
 from quant_kernels.ops import Weight
 from quant_kernels.packing import KV_PAGE, join_weight, unpack_kv
@@ -51,6 +51,8 @@ OTHER_SIDE = 0.05
 # P in E4M3: every element rounded to its other neighbour would be off by 2^-3 at most, and the
 # error of one such rounding, 2^-4 / sqrt(3) in the root mean square, has the metric 6.5e-4.
 P_STEP, P_METRIC = 2.0**-3, 6.5e-4
+# Prefill's outputs by each CUDA kernel, beside that of the op.
+EXPANDS = {"unpacked by blocks": False, "unpacked before": True}
 EPS = 1e-5
 
 
@@ -435,6 +437,14 @@ def _attention(
                 *cache, bounds, kv_lens, max(chunks), out["out"],
                 sm_scale=sm_scale, window=window, backend=backend,
             )  # fmt: skip
+            for name, expand in EXPANDS.items():
+                if backend == "cutlass":
+                    cuda_attention.prefill_attention(
+                        *cache, bounds, kv_lens, max(chunks), out[name], sm_scale, window,
+                        expand=expand,
+                    )  # fmt: skip
+                else:
+                    out[name].copy_(out["out"])
         else:
             size = ops.workspace_bytes(device, attention=form, backend=backend)
             ops.decode_attention(
@@ -442,7 +452,13 @@ def _attention(
                 workspace=poison((size,), torch.uint8, device), backend=backend,
             )  # fmt: skip
 
+    def fresh() -> Outputs:
+        names = ("out", *EXPANDS) if op == "prefill_attention" else ("out",)
+        return {name: poison((tokens, heads, dim), dtype, device) for name in names}
+
     def judge(wanted: Outputs, found: Outputs) -> Figures:
+        for name in found:
+            same_bits(name, {"out": found["out"]}, {"out": found[name]})
         largest = 8 * float(scales[1, ..., 0].nan_to_num().abs().max())
         bound = P_STEP * largest + 2 * ROUNDING[dtype] * wanted["out"].double().abs() + 1e-6
         share = close("out", wanted["out"], found["out"], bound)
@@ -450,7 +466,7 @@ def _attention(
         value = metric("out", wanted["out"], found["out"], P_METRIC + rounded)
         return {"share_of_bound": share, "metric": value}
 
-    return Call(lambda: {"out": poison((tokens, heads, dim), dtype, device)}, call, judge)
+    return Call(fresh, call, judge)
 
 
 def _normal(generator: torch.Generator, shape: Sequence[int], deviation: float) -> Tensor:

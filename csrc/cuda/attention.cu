@@ -2,6 +2,7 @@
 #include "cuda/attention_plan.h"
 #include "cuda/decode_kernel.cuh"
 #include "cuda/device.h"
+#include "cuda/prefill_expand.cuh"
 #include "cuda/prefill_kernel.cuh"
 #include "quant_cuda.h"
 
@@ -26,16 +27,23 @@ Kernel prefill_of(int head_dim) {
 }
 Kernel prefill_of(const QuantCudaPrefill& prefill) {
   const int head_dim = prefill.attention.head_dim;
-  switch (options(prefill)) {
-    case kPlain:
-      return prefill_of<kPlain>(head_dim);
-    case kSoftCap:
-      return prefill_of<kSoftCap>(head_dim);
-    case kSkips:
-      return prefill_of<kSkips>(head_dim);
-    default:
-      return prefill_of<kSoftCap | kSkips>(head_dim);
-  }
+  constexpr decltype(&prefill_of<kPlain>) kFind[] = {
+      prefill_of<kPlain>,
+      prefill_of<kSoftCap>,
+      prefill_of<kSkips>,
+      prefill_of<kSoftCap | kSkips>,
+      prefill_of<kExpanded>,
+      prefill_of<kExpanded | kSoftCap>,
+      prefill_of<kExpanded | kSkips>,
+      prefill_of<kExpanded | kSoftCap | kSkips>,
+  };
+  return kFind[options(prefill)](head_dim);
+}
+Kernel expand_of(int head_dim) {
+  const auto kernel = head_dim == 64    ? expand_kernel<64>
+                      : head_dim == 128 ? expand_kernel<128>
+                                        : expand_kernel<256>;
+  return {reinterpret_cast<const void*>(kernel), 0, 0};
 }
 
 template <int kDim, int kHeadBlocks, int kOptions>
@@ -73,6 +81,12 @@ int start(const QuantCudaPrefill& prefill, int device, void* stream) {
   const OnDevice on(device);
   if (on.status()) return on.status();
   PrefillParams p = plan(prefill);
+  if (prefill.workspace != nullptr) {
+    const Kernel expand = expand_of(prefill.attention.head_dim);
+    if (const int status = start(expand, expand_blocks(p), kExpandThreads, &p, device, stream)) {
+      return status;
+    }
+  }
   return start(prefill_of(prefill), prefill_blocks(p), kPrefillThreads, &p, device, stream);
 }
 
@@ -105,6 +119,14 @@ int quant_cuda_decode_blocks(int heads, int kv_heads, int head_dim) {
 
 int64_t quant_cuda_decode_workspace(const QuantCudaDecode* decode) {
   return decode == nullptr ? 0 : quant::decode_workspace(*decode);
+}
+
+int64_t quant_cuda_prefill_workspace(const QuantCudaPrefill* prefill) {
+  return prefill == nullptr ? 0 : quant::prefill_workspace(*prefill);
+}
+
+int quant_cuda_prefill_gains(const QuantCudaPrefill* prefill) {
+  return quant_cuda_prefill_check(prefill) == QUANT_CUDA_OK && quant::gains(*prefill);
 }
 
 int quant_cuda_prefill_attention(const QuantCudaPrefill* prefill, int device, void* stream) {

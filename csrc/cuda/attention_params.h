@@ -13,7 +13,7 @@ constexpr int kMostSequences = 1024;   // of a decode step
 constexpr int kMostHeadsOfGroup = 16;  // query heads of a KV head, in decode
 
 // What an instance of a kernel does on top: bits of its config's kOptions.
-constexpr int kPlain = 0, kSoftCap = 1, kSkips = 2;
+constexpr int kPlain = 0, kSoftCap = 1, kSkips = 2, kExpanded = 4;
 
 // The paged cache of quant_kernels/packing.py, and the queries over it.
 struct AttentionParams {
@@ -39,6 +39,9 @@ struct PrefillParams {
   int tile_tokens;        // kTileQueries / ratio
   int tiles;              // of the longest chunk
   float negligible;       // how far below M scores are left out; for kSkips
+  char* images;           // [batch, kv_heads, image_pages] of PageImage; for kExpanded
+  int image_pages;        // of a sequence at most, from the first that one of its queries sees
+  int workers;            // blocks; for kExpanded
 };
 
 struct DecodeParams {

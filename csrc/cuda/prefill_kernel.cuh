@@ -12,6 +12,8 @@
 //     warps 8, 9       bulk copies of packed pages; K and scales unpacked for MMAs
 //     warps 10, 11     V likewise, transposed on the way: FP8 MMAs want both operands K-major
 //
+// or, of kExpanded, warp 8 copies pages that a kernel before this one has unpacked.
+//
 // Three pages at a time, D = 128; a step of 64 rows:
 //
 //     copies    packed pages j + 2 and further, 3 or 4 stages
@@ -28,13 +30,20 @@
 // of FP8 tensor cores have about 14 bits. Sums are scaled only where M has changed.
 //
 // Budget per page of 64 tokens, D = 128, per SM and clock: 4096 products, so the MMAs take 512
-// clocks; 16 exponentials, so 8192 of them take 512; 128 lanes, and a thread's page is 470
-// instructions (192 for scores, 130 for exponents and sums, 64 for P, 64 for O), so 256 of them
-// take 940, and the producers, at 11 instructions for 8 codes, another 200. Issue bounds the
-// kernel, at 45% of the MMAs' rate.
+// clocks; 16 exponentials, so 8192 of them take 512; an instruction of a warp for each of four
+// schedulers. A consumer thread's page is 350 instructions of arithmetic (104 for scores and their
+// maximum, 130 for exponents and sums, 48 for P, 64 for O), 17 loads of planes, and 90 for MMAs,
+// barriers, addresses and the loop: 456, and a scheduler has two. With the producers' 200, at 11
+// instructions for 8 codes, issue takes 1110 clocks and bounds the kernel at 46% of the MMAs' rate.
+// Where pages come expanded it is 436 and nothing: 872 clocks and 59%, in which their 17 KB are 20
+// bytes a clock and SM from the L2.
 //
-// Blocks start with the last tiles: for whole prompts, the longest first. A tile's pages that all
-// rows see need no mask.
+// Hence loop bounds come from `uniform`, of which the compiler knows that all lanes have the same:
+// addresses of stages are in uniform registers. Queries are in registers, as A of Q K, which also
+// halves what these MMAs read of shared memory; head_dim 256 has no room. A tile's pages that all
+// rows see need no mask and have a loop of their own.
+//
+// Blocks start with the last tiles: for whole prompts, the longest first.
 //
 // Instances of their own, so that the plain kernel does not pay for them:
 //
@@ -44,9 +53,14 @@
 //                leaves out its exponentials and P V. The warpgroup's four warps vote: their MMAs
 //                are one. p of what is left out is below 2^-threshold of the row's largest, which
 //                is always kept; producers unpack its V all the same
+//     kExpanded  pages come as images (prefill_expand.cuh), 8 stages of them, 4 of head_dim 256.
+//                Same bits: MMAs read the same operands, V^T in rows of 64 bytes. As many blocks as
+//                multiprocessors take tile after tile (prefill_schedule.cuh), and pages of the next
+//                tile come in while the last ones of a tile are worked on
 #pragma once
 
 #include "cuda/prefill_consumer.cuh"
+#include "cuda/prefill_producer.cuh"
 
 namespace quant {
 
@@ -55,24 +69,23 @@ QUANT_DEVICE void prefill_body(const PrefillParams& params) {
   const PrefillShared<C> shared(shared_memory());
   previous_kernel_wait();
   if (thread_index() == 0) {
-    *shared.tile = prefill_tile(params, block_index());
+    if constexpr (C::kUnpacks) *shared.tile = prefill_tile(params, block_index());
     init_barriers<C>(shared);
   }
   block_sync();
-  const PrefillTile& tile = *shared.tile;
-  if (tile.tokens == 0) return;
+  if (C::kUnpacks && shared.tile->tokens == 0) return;
   const int warp = warp_index(), producer_warp = warp - kPrefillConsumers / 32;
   if (producer_warp >= 0) {
     registers_shrink<40>();
-    PrefillProducer<C> producer{params.shared, shared, tile, producer_warp, thread_index() % 32, 0};
-    if (producer_warp < kKeyWarps) {
-      producer.run_keys();
-    } else {
-      producer.run_values();
+    const int lane = thread_index() % 32;
+    if constexpr (C::kUnpacks) {
+      PrefillProducer<C>{params.shared, shared, *shared.tile, producer_warp, lane, 0}.run();
+    } else if (producer_warp == 0) {
+      PrefillLoader<C>{params, shared, lane}.run();
     }
   } else {
     registers_grow<232>();
-    PrefillConsumer<C>(params, shared, tile, warp / kGroupWarps, thread_index()).run();
+    PrefillConsumer<C>(params, shared, warp / kGroupWarps, thread_index()).run();
   }
 }
 

@@ -13,7 +13,7 @@
 // different banks. Scales are stored by slots: four neighbours are four of a thread's columns.
 #pragma once
 
-#include "cuda/schedule.h"
+#include "cuda/decode_schedule.h"
 
 namespace quant {
 
@@ -23,8 +23,27 @@ QUANT_BOTH int column_of_slot(int slot) {
   const int h = slot >> 4 & 1, q = slot >> 2 & 3, b = slot & 3;
   return (slot & 32) | h << 4 | (b >> 1) << 3 | q << 1 | (b & 1);
 }
-// Of a byte in a tile of rows of 128 bytes, as MMAs read it (eight rows are 1024 bytes).
-QUANT_BOTH int swizzled_place(int row, int byte) { return row * 128 + (byte ^ (row & 7) << 4); }
+// Of a byte in a tile of rows of 64 or 128 bytes, as MMAs read it.
+template <int kRow>
+QUANT_BOTH int swizzled_place(int row, int byte) {
+  static_assert(kRow == 64 || kRow == 128, "");
+  return row * kRow + (byte ^ (kRow == 64 ? row >> 1 & 3 : row & 7) << 4);
+}
+
+// A page of a KV head as MMAs read it; in global memory what it is in shared memory, so that bulk
+// copies bring it there:
+//
+//     K [64, D] | V^T [D, 64] | planes
+//
+// planes: K scale and offset, V weight and offset of every slot, and from P V to O, all FP32. An
+// image is a whole number of lines of 128 bytes.
+template <int kDim>
+struct PageImage {
+  static constexpr int kKeyRow = kDim == 64 ? 64 : 128, kValueRow = 64;  // bytes, of the tiles
+  static constexpr int kTileBytes = kPage * kDim;
+  static constexpr int kBack = 4 * kPage, kPlaneBytes = 4 * kBack + 128;
+  static constexpr int kBytes = 2 * kTileBytes + kPlaneBytes;
+};
 
 // A piece of work of the threads that unpack keys: 16 bytes of a token. Eight threads in turn read
 // 128 bytes in different banks, and write to different banks.

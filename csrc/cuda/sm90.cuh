@@ -130,6 +130,8 @@ QUANT_DEVICE void prefetch_map(const TensorMap* map) {
 }
 // What threads wrote to shared memory becomes visible to MMAs and bulk copies.
 QUANT_DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// What they wrote to global memory, or what they see there, becomes visible to bulk copies.
+QUANT_DEVICE void fence_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
 // --- threads with each other ---
 QUANT_DEVICE void block_sync() { __syncthreads(); }
@@ -168,6 +170,11 @@ template <class T>
 QUANT_DEVICE T shuffle(T value, int lane) {
   return __shfl_sync(0xffffffff, value, lane);
 }
+// Of all lanes the same number, which the compiler then knows.
+QUANT_DEVICE int uniform(int x) { return __reduce_max_sync(0xffffffff, x); }
+QUANT_DEVICE int sum_of_warp(int x) { return __reduce_add_sync(0xffffffff, x); }
+QUANT_DEVICE uint32_t ballot(bool value) { return __ballot_sync(0xffffffff, value); }
+QUANT_DEVICE int bits_set(uint32_t x) { return __popc(x); }
 QUANT_DEVICE bool any_of_warp(bool value) { return __any_sync(0xffffffff, value) != 0; }
 // Of all threads of the launch: what was written before is seen after.
 QUANT_DEVICE void fence_global() { __threadfence(); }
@@ -294,15 +301,28 @@ struct E4M3 {
 struct Int8 {
   using Sum = int32_t;
 };
-// Of a tile in shared memory, rows of 128 bytes, swizzled in 128 bytes: eight rows are 1024 bytes.
+// Of a tile in shared memory, rows of 128 or 64 bytes, swizzled in as many; aligned to eight rows.
 struct Descriptor {
   uint64_t word;
 };
+template <int kRow = 128>
 QUANT_DEVICE Descriptor describe(const void* tile) {
+  static_assert(kRow == 64 || kRow == 128, "");
+  constexpr uint64_t kSwizzle = kRow == 128 ? 1 : 2;
   const uint64_t address = (shared_address(tile) & 0x3FFFF) >> 4;
-  return {address | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62};
+  return {address | uint64_t{1} << 16 | uint64_t{8 * kRow >> 4} << 32 | kSwizzle << 62};
 }
-QUANT_DEVICE Descriptor advance(Descriptor tile, int bytes) { return {tile.word + (bytes >> 4)}; }
+// The address is in the low half, with room to spare: no carry.
+QUANT_DEVICE Descriptor advance(Descriptor tile, int bytes) {
+  const uint32_t low = static_cast<uint32_t>(tile.word) + static_cast<uint32_t>(bytes >> 4);
+  return {tile.word >> 32 << 32 | low};
+}
+
+// The same, from a register that the warp keeps: not made anew where it is used.
+QUANT_DEVICE Descriptor keep(Descriptor tile) {
+  const auto low = static_cast<uint32_t>(uniform(static_cast<int>(tile.word)));
+  return {tile.word >> 32 << 32 | low};
+}
 
 template <class Type, int kN>
 struct Mma;

@@ -9,7 +9,7 @@
 #define QUANT_CUDA_API __attribute__((visibility("default")))
 
 // Goes up with every change that an already built caller would notice.
-#define QUANT_CUDA_ABI_VERSION 5
+#define QUANT_CUDA_ABI_VERSION 6
 
 #include <stdint.h>
 
@@ -100,10 +100,16 @@ typedef struct {
   int batch, heads, kv_heads, head_dim, out_type;
 } QuantCudaAttention;
 
+// Pages are unpacked by each of the blocks that need them, or, where there is a workspace, before
+// that and once; outputs have the same bits.
 typedef struct {
   QuantCudaAttention attention;
   const int32_t* cu_seqlens;  // [batch + 1]
-  int max_query_len;          // of the longest chunk
+  void* workspace;            // quant_cuda_prefill_workspace bytes, aligned to 16; or null
+  int64_t workspace_bytes;
+  int max_query_len;  // of the longest chunk
+  int table_pages;    // of a row of block_table; kv_lens need no more
+  int workers;        // blocks that share the tiles where there is a workspace: multiprocessors
   // Of pages that every row of a warpgroup finds this far, in powers of two, below the largest term
   // before them, values are not read; 0: of none.
   float skip_threshold;
@@ -126,6 +132,11 @@ QUANT_CUDA_API int quant_cuda_decode_blocks(int heads, int kv_heads, int head_di
 
 // Bytes of workspace of a decode step, whatever its lengths.
 QUANT_CUDA_API int64_t quant_cuda_decode_workspace(const QuantCudaDecode* decode);
+
+// Bytes of workspace of a prefill, whatever its lengths; whether they are few enough, and enough
+// blocks read a page, that it should be faster with them (not where the check refuses it).
+QUANT_CUDA_API int64_t quant_cuda_prefill_workspace(const QuantCudaPrefill* prefill);
+QUANT_CUDA_API int quant_cuda_prefill_gains(const QuantCudaPrefill* prefill);
 
 // Start the kernels on a device and its stream; they return before it ends.
 QUANT_CUDA_API int quant_cuda_prefill_attention(const QuantCudaPrefill* prefill, int device,

@@ -9,7 +9,7 @@ import functools
 
 from quant_kernels import native
 
-ABI = 5
+ABI = 6
 
 # QuantCudaStatus: the answers that mean "this machine has no GPU to offer".
 NO_DRIVER = -2
@@ -87,4 +87,6 @@ def library() -> ctypes.CDLL:
         ctypes.POINTER(ctypes.c_int),
         ctypes.POINTER(ctypes.c_int),
     ]
+    for name in ("quant_cuda_prefill_workspace", "quant_cuda_decode_workspace"):
+        getattr(library, name).restype = ctypes.c_int64
     return library

@@ -1,7 +1,8 @@
 """Attention over the INT4 cache on Hopper (csrc/cuda/prefill_kernel.cuh, decode_kernel.cuh).
 
 Head dims 64, 128 and 256, up to 16 query heads a KV head in decode; other shapes raise OpError and
-name the backend that takes them. Soft cap and skipping are kernels of their own.
+name the backend that takes them. Soft cap and skipping are kernels of their own, and so is prefill
+over pages that a kernel before it has unpacked, for prompts long enough.
 """
 
 from __future__ import annotations
@@ -45,7 +46,11 @@ class Prefill(ctypes.Structure):
     _fields_ = (
         ("attention", Attention),
         ("cu_seqlens", ctypes.c_void_p),
+        ("workspace", ctypes.c_void_p),
+        ("workspace_bytes", ctypes.c_int64),
         ("max_query_len", ctypes.c_int),
+        ("table_pages", ctypes.c_int),
+        ("workers", ctypes.c_int),
         ("skip_threshold", ctypes.c_float),
     )
 
@@ -75,13 +80,21 @@ def prefill_call(
     window: int,
     soft_cap: float = 0.0,
     skip_threshold: float = 0.0,
+    workspace: Tensor | None = None,
+    workers: int = 0,
 ) -> Prefill:
-    """What the library is told; the tensors must outlive it."""
+    """What the library is told; the tensors must outlive it. workers: blocks, with a workspace."""
     attention = _attention(
         q_codes, q_scale, kv_codes, kv_scales, block_table, kv_lens, out, sm_scale, window,
         soft_cap,
     )  # fmt: skip
-    return Prefill(attention, cu_seqlens.data_ptr(), max_query_len, skip_threshold)
+    call = Prefill(attention, cu_seqlens.data_ptr(), None, 0, max_query_len, block_table.shape[1])
+    call.skip_threshold = skip_threshold
+    call.workers = workers
+    if workspace is not None:
+        call.workspace = workspace.data_ptr()
+        call.workspace_bytes = workspace.numel() * workspace.element_size()
+    return call
 
 
 def decode_call(
@@ -121,8 +134,13 @@ def prefill_attention(
     window: int,
     soft_cap: float = 0.0,
     skip_threshold: float = 0.0,
+    expand: bool | None = None,
 ) -> None:
-    """`ops.prefill_attention`."""
+    """`ops.prefill_attention`.
+
+    expand: whether pages are unpacked once, into a workspace of this call, or by every block that
+    reads them; None: as it is faster. Outputs have the same bits.
+    """
     op = "prefill_attention"
     _check_group(op, q_codes, kv_codes)
     if 0 in (len(kv_lens), max_query_len):
@@ -130,7 +148,14 @@ def prefill_attention(
     call = prefill_call(
         q_codes, q_scale, kv_codes, kv_scales, block_table, cu_seqlens, kv_lens, max_query_len,
         out, sm_scale, window, soft_cap, skip_threshold,
+        workers=multiprocessors(q_codes.device),
     )  # fmt: skip
+    library = cuda.library()
+    if library.quant_cuda_prefill_gains(ctypes.byref(call)) if expand is None else expand:
+        # From torch's pool: in the stream's order, and in a graph from the graph's own.
+        call.workspace_bytes = library.quant_cuda_prefill_workspace(ctypes.byref(call))
+        workspace = q_codes.new_empty(call.workspace_bytes, dtype=torch.uint8)
+        call.workspace = workspace.data_ptr()
     _start(op, call, q_codes.device)
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from quant.architectures import DecoderConfig
 from quant.decoder import KeyTransform, rotary_table
 from quant.errors import RequestError
-from quant.runtime.batch import Batch
+from quant.runtime.batch import Batch, pages_needed
 from quant.runtime.buffers import Buffers
 from quant_kernels import ops
 from quant_kernels.kv4 import KVFormat
@@ -118,8 +118,9 @@ class Int4Cache:
                 sm_scale=scale, window=window, workspace=workspace,
             )  # fmt: skip
         if n < len(batch.lengths):
+            pages = pages_needed(max(batch.lengths[n:]))  # some workspaces have room for all
             ops.prefill_attention(
-                q_codes[n:], q_scale[n:], *cache, batch.block_table[n:], batch.starts,
+                q_codes[n:], q_scale[n:], *cache, batch.block_table[n:, :pages], batch.starts,
                 batch.kv_lens[n:], max(batch.chunk_lengths[n:]), out[n:],
                 sm_scale=scale, window=window,
             )  # fmt: skip

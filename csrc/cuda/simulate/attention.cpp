@@ -3,6 +3,7 @@
 
 #include "cuda/attention_plan.h"
 #include "cuda/decode_kernel.cuh"
+#include "cuda/prefill_expand.cuh"
 #include "cuda/prefill_kernel.cuh"
 
 namespace quant {
@@ -29,6 +30,12 @@ bool simulate(const QuantCudaPrefill& prefill, Launch launch) {
   using C = PrefillConfig<kDim, kOptions>;
   if (prefill.attention.head_dim != kDim || options(prefill) != kOptions) return false;
   const PrefillParams p = plan(prefill);
+  if constexpr (!C::kUnpacks) {
+    launch.blocks = expand_blocks(p);
+    launch.threads = kExpandThreads;
+    failure = run(launch, [&] { expand_body<kDim>(p); });
+    if (!failure.empty()) return true;
+  }
   launch.blocks = prefill_blocks(p);
   launch.threads = kPrefillThreads;
   launch.shared_bytes = C::kSharedBytes;
@@ -109,6 +116,12 @@ int quant_cuda_decode_blocks(int heads, int kv_heads, int head_dim) {
 int64_t quant_cuda_decode_workspace(const QuantCudaDecode* decode) {
   return quant::decode_workspace(*decode);
 }
+int64_t quant_cuda_prefill_workspace(const QuantCudaPrefill* prefill) {
+  return quant::prefill_workspace(*prefill);
+}
+int quant_cuda_prefill_gains(const QuantCudaPrefill* prefill) {
+  return quant::check(*prefill) == QUANT_CUDA_OK && quant::gains(*prefill);
+}
 
 // Null where all threads ended, or what went wrong; a status of the check as "status N".
 // zeros: one a worker, zeros again after.
@@ -129,8 +142,37 @@ const char* quant_simulate_prefill(const QuantCudaPrefill* prefill, int resident
   if (const int status = check(*prefill)) return refused(status);
   const Launch launch = launch_of(resident, late, seed);
   failure = "no kernel";
+  constexpr int kBoth = kSoftCap | kSkips;
   simulate_dims<kPlain>(*prefill, launch) || simulate_dims<kSoftCap>(*prefill, launch) ||
-      simulate_dims<kSkips>(*prefill, launch) || simulate_dims<kSoftCap | kSkips>(*prefill, launch);
+      simulate_dims<kSkips>(*prefill, launch) || simulate_dims<kBoth>(*prefill, launch) ||
+      simulate_dims<kExpanded>(*prefill, launch) ||
+      simulate_dims<kExpanded | kSoftCap>(*prefill, launch) ||
+      simulate_dims<kExpanded | kSkips>(*prefill, launch) ||
+      simulate_dims<kExpanded | kBoth>(*prefill, launch);
+  return reason();
+}
+
+// The tiles of every block, in its order, as rows (block, sequence, head, start, tokens, end); null
+// where all threads ended. *count: how many there are.
+const char* quant_simulate_prefill_tiles(const QuantCudaPrefill* prefill, int* rows, int room,
+                                         int* count) {
+  using namespace quant;
+  const PrefillParams p = plan(*prefill);
+  Launch launch = launch_of(1, 0, 0);
+  launch.blocks = prefill_blocks(p);
+  launch.threads = 32;
+  *count = 0;
+  failure = run(launch, [&] {
+    const PrefillSchedule schedule{p, thread_index()};
+    for (int round = 0;; ++round) {
+      const PrefillTile tile = schedule.tile_of_round(round);
+      if (tile.tokens == 0) break;
+      if (thread_index() != 0 || *count == room) continue;
+      const int row[] = {block_index(), tile.sequence, tile.head,
+                         tile.start,    tile.tokens,   tile.end};
+      std::copy(std::begin(row), std::end(row), rows + 6 * (*count)++);
+    }
+  });
   return reason();
 }
 

@@ -164,9 +164,9 @@ std::string standstill() {
   return text.str();
 }
 
-uint8_t of_tile(const void* tile, int row, int k) {
-  const uintptr_t place = reinterpret_cast<uintptr_t>(tile) + row / 8 * 1024 + row % 8 * 128 + k;
-  return *reinterpret_cast<const uint8_t*>(swizzled(place));
+uint8_t of_tile(const void* tile, int bytes, int row, int k) {
+  const uintptr_t place = reinterpret_cast<uintptr_t>(tile) + row * bytes + k;
+  return *reinterpret_cast<const uint8_t*>(swizzled(place, bytes));
 }
 
 template <class Sum, class Value>
@@ -185,12 +185,13 @@ void multiply_tiles(const Mma& mma, Value value) {
   }
   for (int row = 0; row < 64 && !first.a; ++row) {
     for (int k = 0; k < 32; ++k) {
-      a[static_cast<size_t>(row * 32 + k)] = value(of_tile(first.a_tile, row, k));
+      a[static_cast<size_t>(row * 32 + k)] = value(of_tile(first.a_tile, first.a_row, row, k));
     }
   }
   for (int column = 0; column < columns; ++column) {
     for (int k = 0; k < 32; ++k) {
-      b[static_cast<size_t>(column * 32 + k)] = value(of_tile(first.b_tile, column, k));
+      b[static_cast<size_t>(column * 32 + k)] =
+          value(of_tile(first.b_tile, first.b_row, column, k));
     }
   }
   for (int thread = 0; thread < kWarpgroup; ++thread) {

@@ -61,6 +61,7 @@ struct MmaIssue {
   void* sum;          // float or int32_t [columns / 2] of this thread
   const uint32_t* a;  // four registers, or null
   const void *a_tile, *b_tile;
+  int a_row, b_row;  // bytes
   bool keep;
 };
 void issue_mma(const MmaIssue& issue);
@@ -130,7 +131,10 @@ inline void copy_bulk(void* to, const void* from, int bytes, Barrier* barrier, K
       },
       to, static_cast<size_t>(bytes));
 }
-inline uintptr_t swizzled(uintptr_t address) { return address ^ ((address >> 7) & 7) << 4; }
+// In rows of 128 bytes, or of 64.
+inline uintptr_t swizzled(uintptr_t address, int row = 128) {
+  return address ^ ((address >> 7) & (row == 128 ? 7 : 3)) << 4;
+}
 inline void copy_box(void* to, const TensorMap* map, int x, int y, Barrier* barrier, Keep) {
   if (reinterpret_cast<uintptr_t>(to) % 1024 != 0) detail::fail("a box is not aligned to 1024");
   const TensorMap from = *map;
@@ -160,6 +164,7 @@ inline void copy_box_to(void* to, const TensorMap* map, int x, int y, Barrier* b
 }
 inline void prefetch_map(const TensorMap*) {}
 inline void fence_async() {}
+inline void fence_async_global() {}
 
 // --- threads with each other ---
 inline void block_sync() { detail::synchronize(0, 0, "block_sync"); }
@@ -183,6 +188,21 @@ inline T shuffle_xor(T value, int mask) {
 template <class T>
 inline T shuffle(T value, int lane) {
   return shuffle_xor(value, thread_index() % 32 ^ lane);
+}
+inline int sum_of_warp(int x) {
+  for (int mask = 1; mask < 32; mask *= 2) x += shuffle_xor(x, mask);
+  return x;
+}
+inline uint32_t ballot(bool value) {
+  return static_cast<uint32_t>(
+      sum_of_warp(static_cast<int>(uint32_t{value} << thread_index() % 32)));
+}
+inline int bits_set(uint32_t x) { return __builtin_popcount(x); }
+inline int uniform(int x) {
+  for (int mask = 1; mask < 32; mask *= 2) {
+    if (shuffle_xor(x, mask) != x) detail::fail("lanes of a warp differ in what is uniform");
+  }
+  return x;
 }
 inline bool any_of_warp(bool value) {
   int any = value;
@@ -267,9 +287,15 @@ struct Int8 {
 };
 struct Descriptor {
   const char* tile;
+  int row;  // bytes
 };
-inline Descriptor describe(const void* tile) { return {static_cast<const char*>(tile)}; }
-inline Descriptor advance(Descriptor tile, int bytes) { return {tile.tile + bytes}; }
+template <int kRow = 128>
+inline Descriptor describe(const void* tile) {
+  if (reinterpret_cast<uintptr_t>(tile) % (8 * kRow) != 0) detail::fail("a tile is not aligned");
+  return {static_cast<const char*>(tile), kRow};
+}
+inline Descriptor advance(Descriptor tile, int bytes) { return {tile.tile + bytes, tile.row}; }
+inline Descriptor keep(Descriptor tile) { return tile; }
 inline void mma_fence() {}
 template <class T>
 inline void mma_operand(T&) {}
@@ -281,12 +307,13 @@ inline void mma_wait() {
 template <class Type, int kN>
 inline void mma(typename Type::Sum (&sum)[kN / 2], const uint32_t (&a)[4], Descriptor b,
                 bool keep) {
-  detail::issue_mma({std::is_same_v<typename Type::Sum, float>, kN, sum, a, nullptr, b.tile, keep});
+  detail::issue_mma(
+      {std::is_same_v<typename Type::Sum, float>, kN, sum, a, nullptr, b.tile, 0, b.row, keep});
 }
 template <class Type, int kN>
 inline void mma(typename Type::Sum (&sum)[kN / 2], Descriptor a, Descriptor b, bool keep) {
-  detail::issue_mma(
-      {std::is_same_v<typename Type::Sum, float>, kN, sum, nullptr, a.tile, b.tile, keep});
+  detail::issue_mma({std::is_same_v<typename Type::Sum, float>, kN, sum, nullptr, a.tile, b.tile,
+                     a.row, b.row, keep});
 }
 
 }  // namespace quant::sm90
