@@ -11,7 +11,7 @@ CXX_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -
 # Build tools that the machine lacks come from PyPI into the environment.
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help demo test test-slow check format kernels native baseline clean
+.PHONY: help demo test test-slow check tidy format kernels native baseline clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -32,6 +32,10 @@ check: $(VENV)/.installed-dev ## lint, formatting, types
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+
+tidy: $(VENV)/.installed-dev $(VENV)/.build-tools ## clang-tidy over the CPU kernels (csrc/.clang-tidy)
+	cmake -S csrc -B build/tidy -G Ninja -DQUANT_CUDA=OFF -DCMAKE_EXPORT_COMPILE_COMMANDS=ON
+	printf '%s\n' csrc/cpu/*.cpp | xargs -P 2 -n 1 $(BIN)/clang-tidy --quiet -p build/tidy
 
 format: $(VENV)/.installed-dev ## rewrite the sources as `make check` wants them
 	$(BIN)/ruff check --fix

@@ -12,7 +12,7 @@ namespace {
 struct Values {
   float of[256];
 
-  Values() {
+  Values() noexcept {
     for (int code = 0; code < 256; ++code) {
       const int exponent = (code >> 3) & 15;
       const int mantissa = code & 7;

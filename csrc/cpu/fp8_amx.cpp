@@ -151,7 +151,7 @@ void amx_multiply(const Gemm& g, const Blocks& blocks, int64_t first, int tokens
   }
 }
 
-constexpr Kernels amx_kernels() {
+constexpr Kernels amx_kernels() noexcept {
   Kernels kernels = fp8_kernels();
   kernels.blocks = 4;
   kernels.together = kTogether;

@@ -24,7 +24,9 @@ constexpr int kRows = kFp8Rows;
 constexpr uint8_t kOne = 0x38;  // 1, as an E4M3 code
 constexpr int kAhead = 1024;    // bytes of codes, fetched before their turn
 
-int64_t fp8_token_bytes(const Gemm& g) { return sizeof(Operand) * g.spans() * kSpan; }
+int64_t fp8_token_bytes(const Gemm& g) {
+  return static_cast<int64_t>(sizeof(Operand)) * g.spans() * kSpan;
+}
 int64_t fp8_most_tokens(const Gemm& g) { return (1 << 20) / (g.k + 4 * kBlock); }
 int64_t fp8_scratch_bytes(const Gemm& g) { return kRows * fp8_token_bytes(g); }
 
@@ -96,7 +98,7 @@ class Unpacking {
       return levels_of(static_cast<const uint8_t*>(t_)[group * kRows + row], Operand());
     }
     const float scale = static_cast<const float*>(t_)[group * kRows + row];
-    for (int q = 0; q < 16; ++q) own[q] = static_cast<Operand>((q - 8) * scale);
+    for (int q = 0; q < 16; ++q) own[q] = static_cast<Operand>(static_cast<float>(q - 8) * scale);
     return own;
   }
 
@@ -174,7 +176,7 @@ void fp8_multiply(const Gemm& g, const Blocks& blocks, int64_t first, int tokens
 }
 
 // Evaluated by the compiler: nothing of this file may run where the machine lacks its instructions.
-constexpr Kernels fp8_kernels() {
+constexpr Kernels fp8_kernels() noexcept {
   return {1,
           1,
           fp8_most_tokens,

@@ -50,7 +50,7 @@ uint16_t upper_half(float value) {
   return static_cast<uint16_t>(bits >> 16);
 }
 
-Fp8Tables make_tables() {
+Fp8Tables make_tables() noexcept {
   Fp8Tables tables;
   for (int code = 0; code < 256; ++code) {
     tables.value[code] = e4m3_value(code);

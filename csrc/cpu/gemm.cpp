@@ -50,7 +50,7 @@ struct Factors {
     if (has_bias) {
       const int64_t size = work.g.bias_type == QUANT_CPU_FP32 ? 4 : 2;
       const auto* from = static_cast<const uint8_t*>(work.g.bias) + row * size;
-      work.kernels.load(from, work.g.bias_type, count, bias);
+      work.kernels.load(from, static_cast<int>(work.g.bias_type), count, bias);
     }
   }
   const float* bias_or_null() const { return has_bias ? bias : nullptr; }
@@ -84,11 +84,11 @@ void finish(const Work& work, int64_t column, int64_t first, int tokens, const u
     } else if (g.residual != nullptr) {
       const auto* from = static_cast<const uint8_t*>(g.residual) +
                          (token * g.residual_stride + column) * residual_size;
-      work.kernels.load(from, g.residual_type, count, other);
+      work.kernels.load(from, static_cast<int>(g.residual_type), count, other);
       work.kernels.add(other, y);
     }
     auto* to = static_cast<uint8_t*>(g.out) + (token * g.out_stride + column) * out_size;
-    work.kernels.store(y, g.out_type, count, to);
+    work.kernels.store(y, static_cast<int>(g.out_type), count, to);
   }
 }
 

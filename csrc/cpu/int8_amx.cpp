@@ -189,7 +189,7 @@ void amx_multiply(const Gemm& g, const Blocks& blocks, int64_t first, int tokens
   written(sums);
 }
 
-constexpr Kernels amx_kernels() {
+constexpr Kernels amx_kernels() noexcept {
   Kernels kernels = int8_kernels();
   kernels.blocks = 4;
   kernels.most_tokens = amx_most_tokens;

@@ -358,7 +358,7 @@ void int8_multiply(const Gemm& g, const Blocks& blocks, int64_t first, int token
 }
 
 // Evaluated by the compiler: nothing of this file may run where the machine lacks its instructions.
-constexpr Kernels int8_kernels() {
+constexpr Kernels int8_kernels() noexcept {
   return {1,
           1,
           int8_most_tokens,

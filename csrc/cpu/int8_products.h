@@ -193,10 +193,9 @@ class Products {
       } else {
         row_block<LIMBS, 1>(at, k / 4, codes, columns, start, r, emit);
       }
-      r += count;
     };
-    while (r + ROWS <= rows) part(ROWS);
-    while (r < rows) part(1);
+    for (; r + ROWS <= rows; r += ROWS) part(ROWS);
+    for (; r < rows; ++r) part(1);
   }
 
 #if defined(__AMX_INT8__)
