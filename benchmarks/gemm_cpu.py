@@ -13,7 +13,8 @@ are medians over the rounds.
 Weights rotate through copies that exceed the last-level cache. INT8 activations are given to our
 kernel and to oneDNN's W8A8; ONNX Runtime, OpenVINO and ggml quantize FP32 activations themselves,
 which is part of their time. BF16 is oneDNN with weights packed beforehand, and F.linear as it
-comes.
+comes. Ours are recorded calls, as in the runtime's decode steps; OpenVINO and ggml, too, multiply
+by all copies without coming back to Python, torch's and oneDNN's do come back.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ import torch.nn.functional as F
 from benchmarks import cpu_peers, ggml_peer
 from benchmarks.timing import first_line
 from quant_kernels import cpu, cpu_gemm, ops
+from quant_kernels.cpu_calls import Replay, record
 from quant_kernels.formats import WeightFormat
 from quant_kernels.packing import BLOCKED_SCALE_DTYPES, BlockedWeight, blocked_shapes
 
@@ -128,11 +130,12 @@ def ours(m: int, n: int, k: int, fmt: WeightFormat) -> tuple[Peer, int]:
     codes, scale = x.to(dtype), torch.rand(m, 1) * 0.01
     out = torch.empty(m, n, dtype=torch.bfloat16)
 
-    def run() -> None:
+    # As the runtime decodes, and as OpenVINO and ggml run here: without Python between products.
+    with record() as calls:
         for weight in weights:
             ops.gemm(codes, scale, weight, out, backend="cpu")
-
-    return Peer(fmt.label, run, len(weights)), weight_bytes(weights[0])
+    replay = Replay(calls, holding=(weights, codes, scale, out))
+    return Peer(fmt.label, replay, len(weights)), weight_bytes(weights[0])
 
 
 def bf16_packed(m: int, n: int, k: int) -> Peer:

@@ -59,9 +59,13 @@ def record() -> Iterator[_Calls]:
 
 
 class Replay:
-    """Calls to make again, on the same memory, which the caller keeps alive."""
+    """Calls to make again, on the same memory.
 
-    def __init__(self, calls: Sequence[tuple[str, bytes]]) -> None:
+    holding: what keeps that memory alive as long as this; otherwise the caller does.
+    """
+
+    def __init__(self, calls: Sequence[tuple[str, bytes]], holding: object = None) -> None:
+        self._holding = holding
         self._arguments = [ctypes.create_string_buffer(data, len(data)) for _, data in calls]
         self._calls = (_Call * len(calls))()
         for call, (op, _), data in zip(self._calls, calls, self._arguments, strict=True):
