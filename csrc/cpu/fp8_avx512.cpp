@@ -7,37 +7,44 @@ namespace quant {
 namespace {
 
 using Sum = __m512;
+using Words = __m512i;
 constexpr int kTileTokens = 3;
 constexpr int kTileRows = 8;
+constexpr int kStreamSums = 16;
 
 Sum zero() { return _mm512_setzero_ps(); }
 float total(Sum sum) { return _mm512_reduce_add_ps(sum); }
 
 #ifdef QUANT_BF16
 using Operand = uint16_t;
+using Table = __m512i;
 constexpr int kColumnsAtOnce = 32;
-Sum operand(const Operand* from) { return _mm512_loadu_ps(from); }
 void dot(Sum& sum, Sum a, Sum b) { asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b)); }
+Words words_at(const uint8_t* words, int) { return _mm512_loadu_si512(words); }
 // The table has every level twice: the fifth bit of an index, another nibble's, does not matter.
-void look_up(const uint8_t* words, int j, const Operand* levels, Operand* to) {
-  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(levels));
-  const __m512i nibbles = _mm512_srli_epi16(_mm512_loadu_si512(words), 4 * j);
-  _mm512_storeu_si512(to, _mm512_permutexvar_epi16(nibbles, _mm512_broadcast_i64x4(half)));
+Table table_at(const Operand* levels) {
+  return _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(levels)));
+}
+Sum look_up(Words words, int j, Table table) {
+  return _mm512_castsi512_ps(_mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4 * j), table));
 }
 #else
 using Operand = float;
+using Table = __m512;
 constexpr int kColumnsAtOnce = 16;
-Sum operand(const Operand* from) { return _mm512_loadu_ps(from); }
-void dot(Sum& sum, Sum a, Sum b) { sum = _mm512_fmadd_ps(a, b, sum); }
-void look_up(const uint8_t* words, int j, const Operand* levels, Operand* to) {
-  const __m512 table = _mm512_loadu_ps(levels);
-  for (int half = 0; half < 2; ++half) {
-    const __m256i some = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words) + half);
-    const __m512i nibbles = _mm512_srli_epi32(_mm512_cvtepu16_epi32(some), 4 * j);
-    _mm512_storeu_ps(to + 16 * half, _mm512_permutexvar_ps(nibbles, table));
-  }
+// As an instruction: GCC 12 loads a weight once for every token rather than once.
+void dot(Sum& sum, Sum a, Sum b) { asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b)); }
+Words words_at(const uint8_t* words, int part) {
+  return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(words) + part));
+}
+Table table_at(const Operand* levels) { return _mm512_loadu_ps(levels); }
+// Of an index the lower four bits count.
+Sum look_up(Words words, int j, Table table) {
+  return _mm512_permutexvar_ps(_mm512_srli_epi32(words, 4 * j), table);
 }
 #endif
+Sum operand(const Operand* from) { return _mm512_loadu_ps(from); }
+void store(Operand* to, Sum operands) { _mm512_storeu_ps(to, operands); }
 
 }  // namespace
 }  // namespace quant

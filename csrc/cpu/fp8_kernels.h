@@ -5,13 +5,20 @@
 // and the lanes are added at the end: the order of a sum depends on K alone.
 //
 // Codes b = q + 8 lie in rows of eight outputs, codes [N / 8, spans, 8, 64 bytes]: nibble j of
-// 16-bit word w of a span is column 32 j + w. A group has the 16 levels P(-8, t) .. P(7, t), and a
-// nibble is looked up in them, all nibbles of one j together. t [N / 8, G, 8]: E4M3 codes for lut,
-// FP32 for exact, nothing for one scale an output. Columns from K to the span's end have q = 0.
+// 16-bit word w of a span is column 32 j + w. A group has the 16 levels P(-8, t) .. P(7, t), and
+// the nibbles j of a vector's words are looked up in them together. Operands and tokens lie in the
+// order in which they come out: [spans, parts of 32 words, 4 nibbles, lanes].
+// t [N / 8, G, 8]: E4M3 codes for lut, FP32 for exact, nothing for one scale an output. Columns
+// from K to the span's end have q = 0.
+//
+// For few tokens, operands are made in registers (`fp8_stream`). For more, eight rows' operands of
+// kColumns columns are made in the L1 cache and multiplied by all tokens (`fp8_tile`), whose sums,
+// a vector each, wait in the L2 cache for the next columns.
 //
 // An instruction set gives, before it includes this file: Operand (float, or uint16_t for BF16),
-// Sum, kColumnsAtOnce, kTileTokens, kTileRows, zero, operand, dot, total, look_up. As in
-// int8_kernels.h, nothing here may call a function template of the standard library.
+// Sum, Words, Table, kColumnsAtOnce, kTileTokens, kTileRows, kStreamSums, zero, operand, store,
+// dot, total, words_at, table_at, look_up. As in int8_kernels.h, nothing here may call a function
+// template of the standard library.
 #include <cstring>
 
 #include "epilogue.h"
@@ -21,28 +28,54 @@ namespace quant {
 namespace {
 
 constexpr int kRows = kFp8Rows;
-constexpr uint8_t kOne = 0x38;  // 1, as an E4M3 code
-constexpr int kAhead = 1024;    // bytes of codes, fetched before their turn
+constexpr int kRowBytes = kSpan / 2;         // of codes, of a span
+constexpr int kParts = 32 / kColumnsAtOnce;  // vectors of their words
+constexpr int kColumns = 6 * kSpan;          // made together: 24 KiB of eight rows in FP32
+constexpr int kMostTokens = 96;              // whose columns and sums stay in the L2 cache
+constexpr int kStreamTokens = 2;             // tokens of more would not stay in the L1 cache
+constexpr uint8_t kOne = 0x38;               // 1, as an E4M3 code
+constexpr int kAhead = 1024;                 // bytes of codes, fetched before their turn
 
+int64_t fp8_columns(const Gemm& g) { return g.spans() * kSpan; }
 int64_t fp8_token_bytes(const Gemm& g) {
-  return static_cast<int64_t>(sizeof(Operand)) * g.spans() * kSpan;
+  return static_cast<int64_t>(sizeof(Operand)) * fp8_columns(g);
 }
-int64_t fp8_most_tokens(const Gemm& g) { return (1 << 20) / (g.k + 4 * kBlock); }
-int64_t fp8_scratch_bytes(const Gemm& g) { return kRows * fp8_token_bytes(g); }
+int64_t fp8_most_tokens(const Gemm&) { return kMostTokens; }
+int64_t fp8_scratch_bytes(const Gemm&) {
+  return static_cast<int64_t>(sizeof(Operand)) * kRows * kColumns +
+         static_cast<int64_t>(sizeof(Sum)) * kBlock * kMostTokens;
+}
 
 inline const float* values(float) { return kFp8Tables.value; }
 inline const uint16_t* values(uint16_t) { return kFp8Tables.value_bf16; }
 inline const float* levels_of(uint8_t t, float) { return kFp8Tables.levels[t & 127]; }
 inline const uint16_t* levels_of(uint8_t t, uint16_t) { return kFp8Tables.levels_bf16[t & 127]; }
 
-// Prepared tokens: the operands, zero from K to the end of the last span.
+// Prepared tokens: the operands in their order, zero from K to the end of the last span.
 void fp8_prepare(const Gemm& g, int64_t token, uint8_t* prepared) {
   const uint8_t* x = g.x + token * g.x_stride;
   Operand* to = reinterpret_cast<Operand*>(prepared + token * fp8_token_bytes(g));
   const Operand* value = values(Operand());
-  for (int64_t k = 0; k < g.k; ++k) to[k] = value[x[k]];
-  for (int64_t k = g.k; k < g.spans() * kSpan; ++k) to[k] = Operand();
+  for (int64_t span = 0; span < fp8_columns(g); span += kSpan) {
+    for (int part = 0; part < kParts; ++part) {
+      for (int j = 0; j < 4; ++j, to += kColumnsAtOnce) {
+        const int64_t k = span + 32 * j + part * kColumnsAtOnce;
+        for (int i = 0; i < kColumnsAtOnce; ++i) {
+          to[i] = k + i < g.k ? value[x[k + i]] : Operand();
+        }
+      }
+    }
+  }
 }
+
+// The levels of a row's span: of[apart j] are those of its nibbles j.
+struct Levels {
+  const Operand* of[4];
+  int apart;  // 0: all of the span is of one group
+  Operand own[4][16];
+
+  Table table(int j) const { return table_at(of[apart * j]); }
+};
 
 // The way from codes to operands; what would have to be divided is divided once.
 class Unpacking {
@@ -55,35 +88,39 @@ class Unpacking {
         groups_(g.groups()),
         shift_(g.per_channel ? 62 : __builtin_ctzll(static_cast<uint64_t>(g.group_size))) {}
 
-  // 128 columns of eight rows, `row` numbers from one to the next, every 32 columns `apart`.
-  void eight(int64_t eight, int64_t span, Operand* operands, int64_t row, int64_t apart) const {
-    const uint8_t* words = codes_ + (eight * spans_ + span) * kRows * (kSpan / 2);
-    Operand own[16];
+  // [8, 64 bytes]
+  const uint8_t* codes(int64_t eight, int64_t span) const {
+    return codes_ + (eight * spans_ + span) * kRows * kRowBytes;
+  }
+
+  void levels(int64_t eight, int64_t span, int row, Levels& found) const {
     if (t_ == nullptr || shift_ >= kSpanShift) {
-      const int64_t group = eight * groups_ + (span * kSpan >> shift_);
-      for (int i = 0; i < kRows; ++i, words += kSpan / 2, operands += row) {
-        __builtin_prefetch(words + kAhead);
-        const Operand* all = levels(group, i, own);
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j) look_up(words, j, all, operands + j * apart);
-      }
+      found.apart = 0;
+      found.of[0] = of_group(eight * groups_ + (span * kSpan >> shift_), row, found.own[0]);
       return;
     }
-    for (int i = 0; i < kRows; ++i, words += kSpan / 2, operands += row) {
-      __builtin_prefetch(words + kAhead);
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) {
-        int64_t group = (span * kSpan + 32 * j) >> shift_;
-        if (group >= groups_) group = groups_ - 1;  // beyond K: q = 0, and any levels will do
-        look_up(words, j, levels(eight * groups_ + group, i, own), operands + j * apart);
-      }
+    found.apart = 1;
+    for (int j = 0; j < 4; ++j) {
+      int64_t group = (span * kSpan + 32 * j) >> shift_;
+      if (group >= groups_) group = groups_ - 1;  // beyond K: q = 0, and any levels will do
+      found.of[j] = of_group(eight * groups_ + group, row, found.own[j]);
     }
   }
 
-  // Eight rows -> operands [8, K to the end of the last span].
-  void rows(int64_t eight_rows, Operand* operands) const {
-    for (int64_t span = 0; span < spans_; ++span) {
-      eight(eight_rows, span, operands + span * kSpan, spans_ * kSpan, 32);
+  // 128 columns of eight rows, `row` numbers from one to the next, every vector `apart`.
+  void eight(int64_t eight, int64_t span, Operand* operands, int64_t row, int64_t apart) const {
+    const uint8_t* words = codes(eight, span);
+    for (int r = 0; r < kRows; ++r, words += kRowBytes, operands += row) {
+      __builtin_prefetch(words + kAhead);
+      Levels found;
+      levels(eight, span, r, found);
+      for (int part = 0; part < kParts; ++part) {
+        const Words some = words_at(words, part);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) {
+          store(operands + (4 * part + j) * apart, look_up(some, j, found.table(j)));
+        }
+      }
     }
   }
 
@@ -92,7 +129,7 @@ class Unpacking {
   static_assert(kSpan == 1 << kSpanShift, "columns of a span");
 
   // Of one group of one row of eight; `own` is room for those that no table holds.
-  const Operand* levels(int64_t group, int row, Operand* own) const {
+  const Operand* of_group(int64_t group, int row, Operand (&own)[16]) const {
     if (t_ == nullptr) return levels_of(kOne, Operand());
     if (!exact_) {
       return levels_of(static_cast<const uint8_t*>(t_)[group * kRows + row], Operand());
@@ -109,68 +146,166 @@ class Unpacking {
   const int shift_;
 };
 
-// sums[m, r] = sum_k x[m, k] w[r, k]. `ahead` is the part of the weight that will be read next.
+// sums[m, r] = sum_k x[m, k] w[r, k] for eight rows and few tokens.
 template <int Tokens>
-__attribute__((noinline)) void fp8_tile(const Operand* w, const Operand* x, int64_t columns,
-                                        float* sums, const uint8_t* ahead) {
-  Sum sum[Tokens][kTileRows];
+__attribute__((noinline)) void fp8_stream(const Unpacking& unpacking, int64_t eight, int64_t spans,
+                                          const Operand* x, float* sums) {
+  constexpr int kTogether = Tokens * kRows <= kStreamSums       ? kRows
+                            : Tokens * kRows / 2 <= kStreamSums ? kRows / 2
+                                                                : kRows / 4;
+  const int64_t columns = spans * kSpan;
+  for (int first = 0; first < kRows; first += kTogether) {
+    Sum sum[kTogether][Tokens];
 #pragma GCC unroll 8
-  for (int m = 0; m < Tokens; ++m) {
+    for (int r = 0; r < kTogether; ++r) {
+#pragma GCC unroll 4
+      for (int m = 0; m < Tokens; ++m) sum[r][m] = zero();
+    }
+    for (int64_t span = 0; span < spans; ++span) {
+      Levels found[kTogether];
+      for (int r = 0; r < kTogether; ++r) unpacking.levels(eight, span, first + r, found[r]);
+      const uint8_t* words = unpacking.codes(eight, span) + first * kRowBytes;
+      const Operand* token = x + span * kSpan;
+      for (int r = 0; r < kTogether; ++r) __builtin_prefetch(words + r * kRowBytes + kAhead);
+      for (int part = 0; part < kParts; ++part) {
+        Words some[kTogether];
 #pragma GCC unroll 8
-    for (int r = 0; r < kTileRows; ++r) sum[m][r] = zero();
-  }
-  for (int64_t k = 0; k < columns; k += kColumnsAtOnce) {
-    __builtin_prefetch(ahead + k * kTileRows / 2);
-    __builtin_prefetch(ahead + k * kTileRows / 2 + 64);
-    Sum token[Tokens];
+        for (int r = 0; r < kTogether; ++r) some[r] = words_at(words + r * kRowBytes, part);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j, token += kColumnsAtOnce) {
+          Sum tokens[Tokens];
+#pragma GCC unroll 4
+          for (int m = 0; m < Tokens; ++m) tokens[m] = operand(token + m * columns);
 #pragma GCC unroll 8
-    for (int m = 0; m < Tokens; ++m) token[m] = operand(x + m * columns + k);
+          for (int r = 0; r < kTogether; ++r) {
+            const Sum weight = look_up(some[r], j, found[r].table(j));
+#pragma GCC unroll 4
+            for (int m = 0; m < Tokens; ++m) dot(sum[r][m], weight, tokens[m]);
+          }
+        }
+      }
+    }
 #pragma GCC unroll 8
-    for (int r = 0; r < kTileRows; ++r) {
-      const Sum weight = operand(w + r * columns + k);
-#pragma GCC unroll 8
-      for (int m = 0; m < Tokens; ++m) dot(sum[m][r], weight, token[m]);
+    for (int r = 0; r < kTogether; ++r) {
+#pragma GCC unroll 4
+      for (int m = 0; m < Tokens; ++m) sums[m * kBlock + first + r] = total(sum[r][m]);
     }
   }
+}
+
+template <int Tokens>
+void fp8_streams(int tokens, const Unpacking& unpacking, int64_t eight, int64_t spans,
+                 const Operand* x, float* sums) {
+  if constexpr (Tokens > 1) {
+    if (tokens < Tokens) return fp8_streams<Tokens - 1>(tokens, unpacking, eight, spans, x, sums);
+  }
+  fp8_stream<Tokens>(unpacking, eight, spans, x, sums);
+}
+
+// sums[m, r] += x[m, :] w[r, :], from nothing where `begin`: w [8, columns], sums [tokens, 8].
+template <int Tokens>
+__attribute__((noinline)) void fp8_tile(const Operand* w, int64_t columns, const Operand* x,
+                                        int64_t x_row, bool begin, Sum* sums, Ahead ahead) {
+  for (int first = 0; first < kRows; first += kTileRows) {
+    Sum sum[Tokens][kTileRows];
 #pragma GCC unroll 8
-  for (int m = 0; m < Tokens; ++m) {
+    for (int m = 0; m < Tokens; ++m) {
 #pragma GCC unroll 8
-    for (int r = 0; r < kTileRows; ++r) sums[m * kBlock + r] = total(sum[m][r]);
+      for (int r = 0; r < kTileRows; ++r) sum[m][r] = begin ? zero() : sums[m * kRows + first + r];
+    }
+    const Operand* rows = w + first * columns;
+    const auto add_columns = [&](int64_t k) __attribute__((always_inline)) {
+      Sum token[Tokens];
+#pragma GCC unroll 8
+      for (int m = 0; m < Tokens; ++m) token[m] = operand(x + m * x_row + k);
+#pragma GCC unroll 8
+      for (int r = 0; r < kTileRows; ++r) {
+        const Sum weight = operand(rows + r * columns + k);
+#pragma GCC unroll 8
+        for (int m = 0; m < Tokens; ++m) dot(sum[m][r], weight, token[m]);
+      }
+    };
+    int64_t k = 0;
+    for (int64_t line = 0; line < ahead.lines && k < columns; ++line, k += kColumnsAtOnce) {
+      __builtin_prefetch(ahead.at + line * 64, 0, 2);
+      add_columns(k);
+    }
+    for (; k < columns; k += kColumnsAtOnce) add_columns(k);
+#pragma GCC unroll 8
+    for (int m = 0; m < Tokens; ++m) {
+#pragma GCC unroll 8
+      for (int r = 0; r < kTileRows; ++r) sums[m * kRows + first + r] = sum[m][r];
+    }
   }
 }
 
 // As many tokens as a tile takes, at most Tokens; returns their number.
 template <int Tokens>
-int fp8_tiles(int left, const Operand* w, const Operand* x, int64_t columns, float* sums,
-              const uint8_t* ahead) {
+int fp8_tiles(int left, const Operand* w, int64_t columns, const Operand* x, int64_t x_row,
+              bool begin, Sum* sums, Ahead ahead) {
   if constexpr (Tokens > 1) {
-    if (left < Tokens) return fp8_tiles<Tokens - 1>(left, w, x, columns, sums, ahead);
+    if (left < Tokens) {
+      return fp8_tiles<Tokens - 1>(left, w, columns, x, x_row, begin, sums, ahead);
+    }
   }
-  for (int r = 0; r < kRows; r += kTileRows) {
-    fp8_tile<Tokens>(w + r * columns, x, columns, sums + r, ahead + r * columns / 2);
-  }
+  fp8_tile<Tokens>(w, columns, x, x_row, begin, sums, ahead);
   return Tokens;
+}
+
+// The block's sums [64 / 8, tokens, 8], a vector each, and from them sums [tokens, 64].
+void fp8_many(const Gemm& g, const Unpacking& unpacking, int64_t block, int64_t next, int tokens,
+              const Operand* x, Operand* operands, Sum* partial, float* sums) {
+  constexpr int kEights = kBlock / kRows;
+  constexpr int64_t kSpans = kColumns / kSpan;
+  for (int64_t span = 0; span < g.spans(); span += kSpans) {
+    const int64_t spans = g.spans() - span < kSpans ? g.spans() - span : kSpans;
+    for (int i = 0; i < kEights; ++i) {
+      const int64_t eight = block * kEights + i;
+      for (int64_t j = 0; j < spans; ++j) {
+        unpacking.eight(eight, span + j, operands + j * kSpan, spans * kSpan, kColumnsAtOnce);
+      }
+      // What is read next: eight more rows, more columns, or another block.
+      Ahead ahead = {unpacking.codes(eight + 1, span), spans * kRows};
+      if (i + 1 == kEights && span + spans < g.spans()) {
+        ahead.at = unpacking.codes(block * kEights, span + spans);
+      } else if (i + 1 == kEights) {
+        ahead = next < 0 ? Ahead{} : Ahead{unpacking.codes(next * kEights, 0), spans * kRows};
+      }
+      const int64_t part = (ahead.lines * kTileTokens + tokens - 1) / tokens;
+      for (int m = 0; m < tokens;) {
+        m += fp8_tiles<kTileTokens>(
+            tokens - m, operands, spans * kSpan, x + m * fp8_columns(g) + span * kSpan,
+            fp8_columns(g), span == 0, partial + (i * tokens + m) * kRows, ahead.next(part));
+      }
+    }
+  }
+  for (int i = 0; i < kEights; ++i) {
+    for (int m = 0; m < tokens; ++m) {
+      for (int r = 0; r < kRows; ++r) {
+        sums[m * kBlock + i * kRows + r] = total(partial[(i * tokens + m) * kRows + r]);
+      }
+    }
+  }
 }
 
 void fp8_multiply(const Gemm& g, const Blocks& blocks, int64_t first, int tokens,
                   const uint8_t* prepared, uint8_t* scratch, uint8_t* to, int64_t apart) {
-  constexpr int kParts = kBlock / kRows;
-  const int64_t columns = g.spans() * kSpan;
-  const int64_t code_bytes = kRows * columns / 2;
+  constexpr int kEights = kBlock / kRows;
   const Unpacking unpacking(g);
-  Operand* operands = reinterpret_cast<Operand*>(scratch);
-  const Operand* x = reinterpret_cast<const Operand*>(prepared) + first * columns;
+  const Operand* x = reinterpret_cast<const Operand*>(prepared) + first * fp8_columns(g);
+  Sum* partial = reinterpret_cast<Sum*>(scratch);
+  Operand* operands = reinterpret_cast<Operand*>(partial + kBlock * kMostTokens);
   for (int i = 0; i < blocks.count; ++i) {
-    const int64_t next = i + 1 < blocks.count ? blocks.at[i + 1] : blocks.next;
-    for (int64_t part = blocks.at[i] * kParts; part < (blocks.at[i] + 1) * kParts; ++part) {
-      unpacking.rows(part, operands);
-      int64_t ahead = part + 1;
-      if (ahead % kParts == 0) ahead = next < 0 ? part : next * kParts;
-      float* sums = reinterpret_cast<float*>(to + i * apart) + part % kParts * kRows;
-      for (int m = 0; m < tokens;) {
-        m += fp8_tiles<kTileTokens>(tokens - m, operands, x + m * columns, columns,
-                                    sums + m * kBlock, g.codes + ahead * code_bytes);
-      }
+    const int64_t block = blocks.at[i],
+                  next = i + 1 < blocks.count ? blocks.at[i + 1] : blocks.next;
+    float* sums = reinterpret_cast<float*>(to + i * apart);
+    if (tokens > kStreamTokens) {
+      fp8_many(g, unpacking, block, next, tokens, x, operands, partial, sums);
+      continue;
+    }
+    for (int j = 0; j < kEights; ++j) {
+      fp8_streams<kStreamTokens>(tokens, unpacking, block * kEights + j, g.spans(), x,
+                                 sums + j * kRows);
     }
   }
 }

@@ -14,6 +14,9 @@ typedef float Sum __attribute__((vector_size(16)));
 constexpr int kColumnsAtOnce = 4;
 constexpr int kTileTokens = 2;
 constexpr int kTileRows = 4;
+constexpr int kStreamSums = 2;
+using Words = const uint8_t*;
+using Table = const Operand*;
 
 Sum zero() { return Sum{}; }
 Sum operand(const Operand* from) {
@@ -23,8 +26,15 @@ Sum operand(const Operand* from) {
 }
 void dot(Sum& sum, Sum a, Sum b) { sum += a * b; }
 float total(Sum sum) { return (sum[0] + sum[2]) + (sum[1] + sum[3]); }
-void look_up(const uint8_t* words, int j, const Operand* levels, Operand* to) {
-  for (int i = 0; i < 32; ++i) to[i] = levels[words[2 * i + j / 2] >> (4 * (j % 2)) & 15];
+void store(Operand* to, Sum operands) { std::memcpy(to, &operands, sizeof operands); }
+Words words_at(const uint8_t* words, int part) { return words + 2 * kColumnsAtOnce * part; }
+Table table_at(const Operand* levels) { return levels; }
+Sum look_up(Words words, int j, Table table) {
+  Sum operands;
+  for (int i = 0; i < kColumnsAtOnce; ++i) {
+    operands[i] = table[words[2 * i + j / 2] >> (4 * (j % 2)) & 15];
+  }
+  return operands;
 }
 
 float e4m3_value(int code) {

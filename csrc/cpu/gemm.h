@@ -37,6 +37,20 @@ struct Blocks {
   int64_t next;
 };
 
+// Lines of the weight that will be read soon, fetched into the L2 cache one a step: what goes on to
+// L1 holds a fill buffer until memory has answered, and tokens that come from L2 wait for one.
+struct Ahead {
+  const uint8_t* at;
+  int64_t lines;  // at most; 0 for none
+
+  Ahead next(int64_t steps) {
+    const Ahead part = {at, lines < steps ? lines : steps};
+    at += part.lines * 64;
+    lines -= part.lines;
+    return part;
+  }
+};
+
 // The kernels of one instruction set and one kind of number.
 struct Kernels {
   int blocks;    // that an item of many tokens takes, at most four

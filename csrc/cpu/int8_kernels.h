@@ -141,20 +141,6 @@ void unpack(const Gemm& g, const uint8_t* codes, const uint8_t* t, int64_t first
   }
 }
 
-// Lines of the weight that will be read soon, fetched into the L2 cache one a step: what goes on to
-// L1 holds a fill buffer until memory has answered, and tokens that come from L2 wait for one.
-struct Ahead {
-  const uint8_t* at;
-  int64_t lines;  // at most; 0 for none
-
-  Ahead next(int64_t steps) {
-    const Ahead part = {at, lines < steps ? lines : steps};
-    at += part.lines * 64;
-    lines -= part.lines;
-    return part;
-  }
-};
-
 // sums += x operands^T for `Tokens` tokens, the loop that everything else is there for.
 template <int Tokens>
 __attribute__((noinline)) void tile(const uint8_t* operands, int64_t steps, const int8_t* x,

@@ -451,6 +451,8 @@ def inner_loops(listing: str, function: str) -> list[list[str]]:
         ("::stream<1, true>", r"vpdpbusd %zmm", 4),
         ("::stream<4, true>", r"vpdpbusd %zmm", 16),
         ("::fp8_tile<3>", r"vdpbf16ps %zmm", 24),
+        ("::fp8_tile<3>", r"vfmadd231ps %zmm", 24),
+        ("::fp8_tile<3>", r"vfmadd231ps %ymm", 12),
     ],
 )
 def test_sums_stay_in_registers(function, instruction, least, isa):
