@@ -39,7 +39,7 @@ struct Consumer {
     }
     QUANT_UNROLL for (int i = 0; i < 2; ++i) {  // row, row + 8
       [[maybe_unused]] uint32_t t = 0, offset = 0;
-      [[maybe_unused]] Table table = kCodes;
+      [[maybe_unused]] Table table{};
       QUANT_UNROLL for (int step = 0; step < C::kSlice; ++step) {
         if (step % C::kStepsOfGroup == 0) {
           const int group = (slice * C::kSlice + step) / C::kStepsOfGroup;
@@ -49,7 +49,7 @@ struct Consumer {
             offset = TwoLevel::offset(t);
           } else if constexpr (C::kTables) {
             const uint4 found = shared.tables[static_cast<uint8_t>(scales[at])];
-            table = {found.x, found.y, found.z};
+            table = {found.x, found.y, found.z, found.w};
           } else if constexpr (C::kPromote) {
             to.scale[group][i] = to_float(reinterpret_cast<const Bf16*>(scales)[at]);
           }
@@ -64,6 +64,8 @@ struct Consumer {
           TwoLevel::convert(word, t, offset, low, high);
         } else if constexpr (C::kKind == Kind::fp8_channel || C::kKind == Kind::exact) {
           Raw::convert(word, low, high);
+        } else if constexpr (C::kKind == Kind::fp8_channel_8 || C::kKind == Kind::exact_8) {
+          RawAll::convert(word, low, high);
         } else if constexpr (C::kKind == Kind::lut) {
           Lookup::convert(word, table, low, high);
         } else {

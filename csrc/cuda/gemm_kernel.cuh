@@ -19,7 +19,7 @@
 // Budget, H200, per SM and clock: 20 bytes of DRAM, so 8 KB of codes take 410 clocks; 64 integer
 // lanes, so converting them takes 16384 a / 64 = 256 a clocks at a instructions a weight; 4096
 // products, so the MMAs take 4 kTokens clocks. Lookup has a = 0.9: 230 clocks, hidden behind DRAM
-// up to 64 tokens and behind MMAs from 128 on.
+// up to 64 tokens and behind MMAs from 128 on. So are LookupAll's 300, a = 1.17.
 //
 // `exact` adds group sums in FP32: then the MMAs of a group start at zero, and kTokens is at most
 // 128, for the second accumulator. The work of blocks is in schedule.h; sums of split tiles
@@ -47,7 +47,8 @@ QUANT_DEVICE void gemm_body(const GemmParams& p, const TensorMap* x) {
   if constexpr (C::kTables) {
     for (int code = thread_index(); code < 128; code += kThreads) {
       const Table table = make_table(static_cast<uint32_t>(code));
-      shared.tables[code] = {table.t0, table.t1, table.eight, 0};
+      shared.tables[code] = {table.from_0, table.from_4, table.from_minus_8,
+                             table.flipped_from_minus_4};
     }
   }
   block_sync();

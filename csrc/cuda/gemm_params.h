@@ -11,11 +11,11 @@ enum class Kind : int {
   int8_channel,   // HighNibble
   int8_group,     // TwoLevel
   fp8_channel,    // Raw: no code is -8
-  fp8_channel_8,  // LookupAll, any code
+  fp8_channel_8,  // RawAll, any code
   lut,            // Lookup
   lut_8,          // LookupAll
   exact,          // Raw, and the groups' sums scaled in FP32
-  exact_8,        // LookupAll, likewise
+  exact_8,        // RawAll, likewise
 };
 constexpr int kKinds = 8;
 

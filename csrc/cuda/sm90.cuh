@@ -223,6 +223,8 @@ QUANT_DEVICE uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(selector));
   return d;
 }
+// a >> 16, by what multiplies: the compiler shifts where it is told to.
+QUANT_DEVICE uint32_t upper_half(uint32_t a) { return __umulhi(a, 0x10000); }
 QUANT_DEVICE uint32_t rotate_right(uint32_t a, int bits) { return __funnelshift_r(a, a, bits); }
 
 // --- numbers ---

@@ -9,7 +9,7 @@
 #define QUANT_CUDA_API __attribute__((visibility("default")))
 
 // Goes up with every change that an already built caller would notice.
-#define QUANT_CUDA_ABI_VERSION 6
+#define QUANT_CUDA_ABI_VERSION 7
 
 #include <stdint.h>
 

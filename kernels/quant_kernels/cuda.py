@@ -9,7 +9,7 @@ import functools
 
 from quant_kernels import native
 
-ABI = 6
+ABI = 7
 
 # QuantCudaStatus: the answers that mean "this machine has no GPU to offer".
 NO_DRIVER = -2

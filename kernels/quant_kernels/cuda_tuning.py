@@ -44,11 +44,11 @@ INSTRUCTIONS = {
     "int8-channel": 0.75,
     "int8": 1.3,
     "fp8-channel": 0.75,
-    "fp8-channel-8": 1.7,
+    "fp8-channel-8": 1.1,
     "lut": 1.25,
-    "lut-8": 1.8,
+    "lut-8": 1.5,
     "exact": 0.8,
-    "exact-8": 1.7,
+    "exact-8": 1.15,
 }
 DRAM_BYTES, L2_BYTES, LANES = 20.0, 25.0, 64.0  # a clock
 UNIT_BYTES = TILE_ROWS * BLOCK_COLUMNS // 2

@@ -12,14 +12,17 @@ A word has eight codes of one row: low[i] of column 4 c + i and high[i] of colum
 
     int8, a scale a row   byte i: q(low[i]) in its upper nibble, q(high[i]) in its lower one
     int8 in groups        byte i: q(low[i]) + 8 in its lower nibble, q(high[i]) + 8 in its upper one
-    FP8 without a code of byte i: |q(low[i])| in bits 0-2, its sign in bit 7, |q(high[i])| in bits
-      -8, but for lut     4-6, whose sign is bit 3 of byte i + 1 (of 0 for 3)
-    lut, FP8 with -8      nibble i: |q(low[i])|, nibble 4 + i: |q(high[i])|, three bits each, and
-                          signs in bits 8 i + 7 (low) and 8 i + 3 (high); -8 is "minus zero"
+    FP8, but for lut      byte i: |q(low[i])| in bits 0-2, its sign in bit 7, |q(high[i])| in bits
+                          4-6, whose sign is bit 3 of byte i + 1 (of 0 for 3)
+      with a code of -8   likewise, with |q| - 1 where q is negative
+    lut                   nibble i: |q(low[i])|, nibble 4 + i: |q(high[i])|, three bits each, and
+                          signs in bits 8 i + 7 (low) and 8 i + 3 (high)
+      with a code of -8   nibble i: q(low[i]), nibble 4 + i: q(high[i]), two's complement with bits
+                          2 and 3 exchanged
 
 Rows and columns are padded with q = 0. Kernels for codes in [-7, 7] take fewer instructions, so the
-dtype says whether there is a -8: uint8 as above where there is none, int32 words [..., 128, 4]
-where there may be. int8 has room for all and is uint8.
+dtype says whether there is a -8: uint8 where there is none, int32 words [..., 128, 4] where there
+may be. int8 has room for all and is uint8.
 
     t [N / 64, K / 128, 128 / g, 64]: E4M3 for lut, uint8 for int8, BF16 for exact; empty, with
     a scale a row, [0, K, 1, 1].  c [N] FP32, not padded.
@@ -141,7 +144,8 @@ def decoding(fmt: WeightFormat, minus_eight: bool) -> Callable[[Tensor], tuple[T
 def _coding(fmt: WeightFormat, minus_eight: bool) -> str:
     if fmt.scheme == "w4a8":
         return "halves" if fmt.per_channel else "unsigned"
-    return "lookup" if minus_eight or (fmt.numerics == "lut" and not fmt.per_channel) else "raw"
+    scaled = fmt.numerics == "lut" and not fmt.per_channel
+    return ("lookup" if scaled else "raw") + ("_all" if minus_eight else "")
 
 
 def _bits(x: Tensor, *shifts: int) -> Tensor:
@@ -172,34 +176,69 @@ def _decode_unsigned(words: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _encode_raw(low: Tensor, high: Tensor) -> Tensor:
-    word = _bits(low.abs(), 0, 8, 16, 24) + _bits((low < 0).long(), 7, 15, 23, 31)
-    return word + _bits(high.abs(), 4, 12, 20, 28) + _bits((high < 0).long(), 11, 19, 27, 3)
+    return _raw_sizes(low.abs(), high.abs()) + _raw_signs(low, high)
 
 
 def _decode_raw(words: Tensor) -> tuple[Tensor, Tensor]:
-    low = _fields(words, 7, 0, 8, 16, 24) * (1 - 2 * _fields(words, 1, 7, 15, 23, 31))
-    high = _fields(words, 7, 4, 12, 20, 28) * (1 - 2 * _fields(words, 1, 11, 19, 27, 3))
-    return low, high
+    low, high, low_negative, high_negative = _raw_fields(words)
+    return low * (1 - 2 * low_negative), high * (1 - 2 * high_negative)
+
+
+def _encode_raw_all(low: Tensor, high: Tensor) -> Tensor:
+    # |q| - 1 of a negative q is ~q.
+    return _raw_sizes(low ^ -(low < 0).long(), high ^ -(high < 0).long()) + _raw_signs(low, high)
+
+
+def _decode_raw_all(words: Tensor) -> tuple[Tensor, Tensor]:
+    low, high, low_negative, high_negative = _raw_fields(words)
+    return low ^ -low_negative, high ^ -high_negative
+
+
+def _raw_sizes(low: Tensor, high: Tensor) -> Tensor:
+    return _bits(low, 0, 8, 16, 24) + _bits(high, 4, 12, 20, 28)
+
+
+def _raw_signs(low: Tensor, high: Tensor) -> Tensor:
+    return _bits((low < 0).long(), 7, 15, 23, 31) + _bits((high < 0).long(), 11, 19, 27, 3)
+
+
+def _raw_fields(words: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sizes = _fields(words, 7, 0, 8, 16, 24), _fields(words, 7, 4, 12, 20, 28)
+    return *sizes, _fields(words, 1, 7, 15, 23, 31), _fields(words, 1, 11, 19, 27, 3)
 
 
 def _encode_lookup(low: Tensor, high: Tensor) -> Tensor:
-    word = _bits(low.abs() & 7, 0, 4, 8, 12) + _bits(high.abs() & 7, 16, 20, 24, 28)
+    word = _bits(low.abs(), 0, 4, 8, 12) + _bits(high.abs(), 16, 20, 24, 28)
     return word + _bits((low < 0).long(), 7, 15, 23, 31) + _bits((high < 0).long(), 3, 11, 19, 27)
 
 
 def _decode_lookup(words: Tensor) -> tuple[Tensor, Tensor]:
-    def signed(size: Tensor, sign: Tensor) -> Tensor:
-        return torch.where(sign == 1, -torch.where(size == 0, 8, size), size)
+    low = _fields(words, 7, 0, 4, 8, 12) * (1 - 2 * _fields(words, 1, 7, 15, 23, 31))
+    high = _fields(words, 7, 16, 20, 24, 28) * (1 - 2 * _fields(words, 1, 3, 11, 19, 27))
+    return low, high
 
-    low = signed(_fields(words, 7, 0, 4, 8, 12), _fields(words, 1, 7, 15, 23, 31))
-    return low, signed(_fields(words, 7, 16, 20, 24, 28), _fields(words, 1, 3, 11, 19, 27))
+
+def _encode_lookup_all(low: Tensor, high: Tensor) -> Tensor:
+    return _bits(_exchanged(low), 0, 4, 8, 12) + _bits(_exchanged(high), 16, 20, 24, 28)
+
+
+def _decode_lookup_all(words: Tensor) -> tuple[Tensor, Tensor]:
+    low, high = _fields(words, 15, 0, 4, 8, 12), _fields(words, 15, 16, 20, 24, 28)
+    return (_exchanged(low) ^ 8) - 8, (_exchanged(high) ^ 8) - 8
+
+
+def _exchanged(nibbles: Tensor) -> Tensor:
+    """The lowest four bits, bits 2 and 3 exchanged."""
+    return nibbles & 3 | (nibbles & 4) << 1 | (nibbles & 8) >> 1
 
 
 _CODINGS = {
     "halves": (_encode_halves, _decode_halves),
     "unsigned": (_encode_unsigned, _decode_unsigned),
     "raw": (_encode_raw, _decode_raw),
+    "raw_all": (_encode_raw_all, _decode_raw_all),
     "lookup": (_encode_lookup, _decode_lookup),
+    "lookup_all": (_encode_lookup_all, _decode_lookup_all),
 }
 
 

@@ -28,21 +28,26 @@ from quant_kernels.packing import PackedWeight, pack_int4, unpack_int4
 from tests.quant_kernels.weights import random_packed
 
 FORMATS = every_format()
+F8 = torch.float8_e4m3fn
 # Units in which the kernels' operands count (convert.cuh): 16 q, and E4M3 codes from 2^-9 on.
 UNITS = {"int8-channel": 16.0, "fp8-channel": 2.0**-9, "exact": 2.0**-9}
 
 
-def convert(simulator, kind: str, words: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """The kernels' own conversion: words [n] -> operands [n, 8] (low, then high), as values."""
-    words = words.to(torch.int32).contiguous()
+def registers(simulator, kind: str, words: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """The kernels' own conversion: words [n] -> operands' bytes [n, 8] (low, then high)."""
+    words = ((words ^ 0x80000000) - 0x80000000).to(torch.int32).contiguous()
     low, high = torch.empty_like(words), torch.empty_like(words)
     simulator.quant_simulate_convert(
         KINDS.index(kind), ctypes.c_void_p(words.data_ptr()), ctypes.c_void_p(t.data_ptr()),
         ctypes.c_int64(len(words)), ctypes.c_void_p(low.data_ptr()),
         ctypes.c_void_p(high.data_ptr()),
     )  # fmt: skip
-    operands = torch.stack((low, high), 1).view(torch.int8)
-    return operands.float() if "int8" in kind else operands.view(torch.float8_e4m3fn).float()
+    return torch.stack((low, high), 1).view(torch.uint8)
+
+
+def values(kind: str, operands: torch.Tensor) -> torch.Tensor:
+    """What an MMA takes bytes for."""
+    return operands.view(torch.int8 if "int8" in kind else F8).float()
 
 
 def every_code_everywhere(least: int) -> torch.Tensor:
@@ -65,22 +70,51 @@ def test_operands_are_the_codes_times_their_scale(simulator, fmt, least):
     if fmt.per_channel or fmt.numerics == "exact":
         t = torch.ones(1)
     elif fmt.numerics == "lut":  # every E4M3 number up to the anchor, subnormal ones too
-        t = torch.arange(0x67 + 1, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+        t = torch.arange(0x67 + 1, dtype=torch.uint8).view(F8).float()
     else:
         t = torch.arange(17).float()
     kind = kind_of(fragment_weight(random_packed(64, 128, fmt, least)))
-    words = encoding(fmt, least == -8)(codes[:, :4], codes[:, 4:])
-    words = ((words ^ 0x80000000) - 0x80000000).repeat(len(t))
+    words = encoding(fmt, least == -8)(codes[:, :4], codes[:, 4:]).repeat(len(t))
     scales = t.repeat_interleave(len(codes))
-    stored = (
-        scales.to(torch.float8_e4m3fn).view(torch.uint8)
-        if fmt.numerics == "lut"
-        else (scales.to(torch.uint8))
-    )
+    stored = scales.to(F8).view(torch.uint8) if fmt.numerics == "lut" else (scales.to(torch.uint8))
     products = codes.repeat(len(t), 1) * scales.unsqueeze(1)
     wanted = round_e4m3(products) if fmt.numerics == "lut" and not fmt.per_channel else products
-    found = convert(simulator, kind, words, stored.contiguous())
+    found = values(kind, registers(simulator, kind, words, stored.contiguous()))
     assert torch.equal(found, wanted * UNITS.get(kind.removesuffix("-8"), 1.0))
+
+
+def every_four() -> torch.Tensor:
+    """codes [16^4, 4] from -8 on."""
+    return torch.cartesian_prod(*[torch.arange(-8, 8)] * 4)
+
+
+@pytest.mark.parametrize("least", [-8, -7])
+def test_tables_of_every_scale_give_every_four_codes_bit_for_bit(simulator, least):
+    fmt = WeightFormat("w4afp8", 128, "lut")
+    four = every_four().clamp(min=least)
+    codes = torch.cat((four, four.flip(0)), 1)
+    words = encoding(fmt, least == -8)(codes[:, :4], codes[:, 4:])
+    for t in range(0x7F):  # all but the NaN
+        stored = torch.full((len(words),), t, dtype=torch.uint8)
+        products = torch.arange(-8, 8) * stored[:1].view(F8).float()
+        wanted = products.clamp(-448, 448).to(F8).view(torch.uint8)
+        found = registers(simulator, "lut-8" if least == -8 else "lut", words, stored)
+        assert torch.equal(found, wanted[codes + 8]), t
+
+
+@pytest.mark.parametrize("kind", ["fp8-channel-8", "exact-8"])
+def test_unscaled_codes_of_every_four_nibbles_bit_for_bit(simulator, kind):
+    """Signs are added beside other codes: every four codes in nibbles that follow each other."""
+    torch.manual_seed(0)
+    fmt = WeightFormat("w4afp8", -1 if kind.startswith("fp8") else 128, "exact")
+    four = every_four()
+    for start in range(8):
+        nibbles = torch.cat((four, torch.randint(-8, 8, (len(four), 4))), 1).roll(start, 1)
+        codes = torch.cat((nibbles[:, ::2], nibbles[:, 1::2]), 1)
+        words = encoding(fmt, True)(codes[:, :4], codes[:, 4:])
+        found = registers(simulator, kind, words, torch.zeros(1, dtype=torch.uint8))
+        assert torch.equal(found.long(), codes.abs() + 128 * (codes < 0))
+        assert torch.equal(torch.cat(decoding(fmt, True)(words), 1), codes)
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.label)

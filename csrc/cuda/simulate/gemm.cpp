@@ -1,4 +1,5 @@
 // The GEMM kernels in the simulator, behind a C ABI for tests.
+#include <array>
 #include <string>
 
 #include "cuda/gemm_kernel.cuh"
@@ -64,6 +65,15 @@ bool of_kind(const QuantCudaGemm& g, const Launch& launch) {
          of_group<kKind, 32>(g, launch);
 }
 
+const Table& table_of(uint8_t t) {
+  static const std::array<Table, 128> tables = [] {
+    std::array<Table, 128> made{};
+    for (uint32_t code = 0; code < 128; ++code) made[code] = make_table(code);
+    return made;
+  }();
+  return tables.at(t);
+}
+
 }  // namespace
 }  // namespace quant
 
@@ -74,8 +84,6 @@ void quant_simulate_convert(int kind, const uint32_t* words, const uint8_t* t, i
                             uint32_t* low, uint32_t* high) {
   using namespace quant;
   for (int64_t i = 0; i < count; ++i) {
-    const Table table =
-        kind == QUANT_CUDA_LUT || kind == QUANT_CUDA_LUT_8 ? make_table(t[i]) : kCodes;
     switch (kind) {
       case QUANT_CUDA_INT8_CHANNEL:
         HighNibble::convert(words[i], low[i], high[i]);
@@ -87,11 +95,15 @@ void quant_simulate_convert(int kind, const uint32_t* words, const uint8_t* t, i
       case QUANT_CUDA_EXACT:
         Raw::convert(words[i], low[i], high[i]);
         break;
+      case QUANT_CUDA_FP8_CHANNEL_8:
+      case QUANT_CUDA_EXACT_8:
+        RawAll::convert(words[i], low[i], high[i]);
+        break;
       case QUANT_CUDA_LUT:
-        Lookup::convert(words[i], table, low[i], high[i]);
+        Lookup::convert(words[i], table_of(t[i]), low[i], high[i]);
         break;
       default:
-        LookupAll::convert(words[i], table, low[i], high[i]);
+        LookupAll::convert(words[i], table_of(t[i]), low[i], high[i]);
     }
   }
 }

@@ -250,6 +250,7 @@ inline uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
   }
   return d;
 }
+inline uint32_t upper_half(uint32_t a) { return a >> 16; }
 inline uint32_t rotate_right(uint32_t a, int bits) { return a >> bits | a << (32 - bits); }
 
 // --- numbers ---
