@@ -347,13 +347,10 @@ struct DecodeConsumer {
         publish(total_of, worker, head, vector);
       }
     }
-    if (!last) fence_global();
     group_sync(1, kDecodeConsumers);
     if (thread != 0) return;
     if (!last) flag_set(params.flags + worker, 1);
-    for (int other = first; last && other < worker; ++other) {  // for the next launch
-      flag_set(params.flags + other, 0);
-    }
+    for (int other = first; last && other < worker; ++other) flag_clear(params.flags + other);
   }
 
   // Sequences without tokens, shared among the workers.

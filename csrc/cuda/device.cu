@@ -1,5 +1,6 @@
 #include <cuda_runtime_api.h>
 
+#include <cstdlib>
 #include <list>
 #include <mutex>
 #include <set>
@@ -114,17 +115,19 @@ uint32_t* flags_of(const void* workspace, int device, int* status) {
 int launch(const void* kernel, int blocks, int threads, int cluster, int shared_bytes,
            void** arguments, cudaStream_t stream) {
   cudaLaunchAttribute attributes[2] = {};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
+  // Where results differ with and without, a kernel begins too early; where not, it is not that.
+  static const bool dependent_launch = std::getenv("QUANT_CUDA_NO_PDL") == nullptr;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = stream;
   config.attrs = attributes;
-  config.numAttrs = 2;
+  config.numAttrs = dependent_launch ? 2 : 1;
   return explain(cudaLaunchKernelExC(&config, kernel, arguments));
 }
 

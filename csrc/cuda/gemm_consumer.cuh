@@ -126,6 +126,7 @@ struct Consumer {
       if (block < blocks) multiply_slice(odd, 0, false);
     }
     mma_wait<0>();
+    QUANT_UNROLL for (int i = 0; i < kSums; ++i) mma_operand(sum[i]);
     give_back(released);
   }
 
@@ -154,6 +155,7 @@ struct Consumer {
   }
   QUANT_DEVICE void promote(const float (&scale)[2], Sum (&part)[kSums]) {
     mma_wait<0>();
+    QUANT_UNROLL for (int i = 0; i < kSums; ++i) mma_operand(part[i]);
     QUANT_UNROLL for (int i = 0; i < kSums; ++i) {
       sum[i] += scale[i / 2 % 2] * part[i];
       mma_operand(part[i]);
@@ -189,7 +191,6 @@ struct Consumer {
     QUANT_UNROLL for (int i = 0; i < kSums / 4; ++i) {
       store_through(to + i * kConsumers, sum + 4 * i);
     }
-    fence_global();
     group_sync(1, kConsumers);
     if (thread == 0) flag_set(p.flags + slot(worker), 1);
   }
@@ -209,8 +210,10 @@ struct Consumer {
       QUANT_UNROLL for (int j = 0; j < 4; ++j) sum[4 * i + j] = total[j] + sum[4 * i + j];
     }
     group_sync(1, kConsumers);
-    if (thread == 0) {  // for the next launch
-      for (int other = first; other < worker; ++other) flag_set(p.flags + slot(other), 0);
+    if (thread == 0) {
+      QUANT_LOOP for (int other = first; other < worker; ++other) {
+        flag_clear(p.flags + slot(other));
+      }
     }
   }
 

@@ -52,10 +52,10 @@ QUANT_DEVICE void gemm_body(const GemmParams& p, const TensorMap* x) {
     }
   }
   block_sync();
-  if constexpr (C::kCluster > 1) cluster_sync();
+  if constexpr (C::kCluster > 1) cluster_start();
   if (warp >= kConsumerWarps) {
     registers_shrink<40>();
-    if (warp == kConsumerWarps && thread_index() % 32 == 0) {
+    if (warp == kConsumerWarps && elected()) {
       prefetch_map(x);
       Producer<C>{p, x, shared, rank}.run(worker);
     }

@@ -23,6 +23,7 @@
 #define QUANT_KERNEL_BESIDE(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define QUANT_GRID_CONSTANT const __grid_constant__
 #define QUANT_UNROLL _Pragma("unroll")
+#define QUANT_LOOP _Pragma("unroll 1")
 
 namespace quant::sm90 {
 
@@ -30,6 +31,17 @@ using TensorMap = CUtensorMap;
 
 // --- where a thread is ---
 QUANT_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
+// One thread of a warp that is all here. The compiler knows that it is one; of `lane == 0` it does
+// not, and puts a loop over the lanes around every copy.
+QUANT_DEVICE bool elected() {
+  uint32_t chosen;
+  asm volatile(
+      "{\n\t.reg .pred p;\n\t"
+      "elect.sync _|p, 0xffffffff;\n\t"
+      "selp.u32 %0, 1, 0, p;\n\t}"
+      : "=r"(chosen));
+  return chosen != 0;
+}
 QUANT_DEVICE int block_index() { return static_cast<int>(blockIdx.x); }
 QUANT_DEVICE int grid_size() { return static_cast<int>(gridDim.x); }
 // The warp's number in a register that the compiler knows to be the same in all lanes.
@@ -54,19 +66,20 @@ QUANT_DEVICE void barrier_init(Barrier* barrier, int arrivals) {
 // After the inits, before anybody else touches the barriers.
 QUANT_DEVICE void barrier_init_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  asm volatile("fence.proxy.async;" ::: "memory");
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 QUANT_DEVICE void barrier_arrive(Barrier* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
                : "memory");
 }
-// Arrive at the barrier in the same place of another block of the cluster.
+// Arrive at the barrier in the same place of another block of the cluster. Said to release to the
+// cluster, it would be a fence of the whole GPU in every stage; as it is, it says that the WGMMAs
+// which read the stage are over, and only X is written there next.
 QUANT_DEVICE void barrier_arrive_at(Barrier* barrier, int rank) {
   asm volatile(
       "{\n\t.reg .b32 remote;\n\t"
       "mapa.shared::cluster.u32 remote, %0, %1;\n\t"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n\t}" ::"r"(
-          shared_address(barrier)),
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n\t}" ::"r"(shared_address(barrier)),
       "r"(rank)
       : "memory");
 }
@@ -152,6 +165,11 @@ QUANT_DEVICE bool all_of_group(int id, int threads, bool value) {
       : "memory");
   return all != 0;
 }
+// The first meeting: only barriers were written, and barrier_init_fence is for those.
+QUANT_DEVICE void cluster_start() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
 QUANT_DEVICE void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
@@ -176,10 +194,14 @@ QUANT_DEVICE int sum_of_warp(int x) { return __reduce_add_sync(0xffffffff, x); }
 QUANT_DEVICE uint32_t ballot(bool value) { return __ballot_sync(0xffffffff, value); }
 QUANT_DEVICE int bits_set(uint32_t x) { return __popc(x); }
 QUANT_DEVICE bool any_of_warp(bool value) { return __any_sync(0xffffffff, value) != 0; }
-// Of all threads of the launch: what was written before is seen after.
-QUANT_DEVICE void fence_global() { __threadfence(); }
+// Among all threads of the launch. What this thread wrote, and what it knows by a barrier that
+// others wrote, is seen by whoever waits for the flag.
 QUANT_DEVICE void flag_set(uint32_t* flag, uint32_t value) {
   asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+}
+// For the next launch, which waits for the whole of this one.
+QUANT_DEVICE void flag_clear(uint32_t* flag) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(0) : "memory");
 }
 QUANT_DEVICE void flag_wait(const uint32_t* flag, uint32_t value) {
   uint32_t found;

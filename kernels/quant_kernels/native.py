@@ -71,7 +71,7 @@ def _in_source_tree() -> bool:
 
 def _how_to_build(name: str) -> str:
     cuda = "" if name == "quant_cpu" else " QUANT_CUDA=ON"
-    needs = "nvcc 12.4 or newer on PATH" if cuda else "a C++17 compiler"
+    needs = "nvcc 12.5 or newer on PATH" if cuda else "a C++17 compiler"
     if _in_source_tree():
         # The export matters where an unusable library, installed or named, comes before build/.
         target, folder = f"native{cuda}", SOURCE_TREE / "build" / "dev"

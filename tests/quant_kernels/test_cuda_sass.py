@@ -88,6 +88,13 @@ def test_weights_and_activations_arrive_in_bulk(gemms):
         assert multicast == (key[3] == 2), key
 
 
+def test_no_fence_is_in_the_main_loop_and_one_thread_fetches(gemms):
+    for key, kernel in gemms.items():
+        assert kernel.loop()["MEMBAR"] == 0, key  # as a release to the cluster would be
+        # Where the compiler does not know that it is one, it chooses again at every copy.
+        assert kernel.counts()["ELECT"] == 1, key
+
+
 def test_a_block_of_weights_is_read_once_and_sixteen_bytes_at_a_time(gemms):
     for (kind, _, tokens, _), kernel in gemms.items():
         loop = kernel.loop()

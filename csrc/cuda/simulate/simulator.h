@@ -23,6 +23,7 @@
 #define QUANT_KERNEL_BESIDE(threads, blocks) inline void
 #define QUANT_GRID_CONSTANT const
 #define QUANT_UNROLL
+#define QUANT_LOOP
 
 namespace quant::sm90 {
 
@@ -162,6 +163,7 @@ inline void copy_box_to(void* to, const TensorMap* map, int x, int y, Barrier* b
              static_cast<Barrier*>(detail::at_rank(barrier, rank)), keep);
   }
 }
+inline bool elected() { return thread_index() % 32 == 0; }
 inline void prefetch_map(const TensorMap*) {}
 inline void fence_async() {}
 inline void fence_async_global() {}
@@ -173,6 +175,7 @@ inline bool all_of_group(int id, int threads, bool value) {
   return detail::all_of(id, threads, value);
 }
 inline void cluster_sync() { detail::synchronize(-1, 0, "cluster_sync"); }
+inline void cluster_start() { cluster_sync(); }
 inline void warp_sync() {
   uint64_t ignored;
   detail::exchange(0, 0, &ignored);
@@ -209,11 +212,11 @@ inline bool any_of_warp(bool value) {
   for (int mask = 1; mask < 32; mask *= 2) any |= shuffle_xor(any, mask);
   return any != 0;
 }
-inline void fence_global() {}
 inline void flag_set(uint32_t* flag, uint32_t value) {
   *flag = value;
   detail::progress();
 }
+inline void flag_clear(uint32_t* flag) { flag_set(flag, 0); }
 inline void flag_wait(const uint32_t* flag, uint32_t value) {
   detail::wait_for([=] { return *flag == value; }, "another block's flag");
 }
