@@ -296,8 +296,8 @@ void fp8_multiply(const Gemm& g, const Blocks& blocks, int64_t first, int tokens
   Sum* partial = reinterpret_cast<Sum*>(scratch);
   Operand* operands = reinterpret_cast<Operand*>(partial + kBlock * kMostTokens);
   for (int i = 0; i < blocks.count; ++i) {
-    const int64_t block = blocks.at[i],
-                  next = i + 1 < blocks.count ? blocks.at[i + 1] : blocks.next;
+    const int64_t block = blocks.at[i];
+    const int64_t next = i + 1 < blocks.count ? blocks.at[i + 1] : blocks.next;
     float* sums = reinterpret_cast<float*>(to + i * apart);
     if (tokens > kStreamTokens) {
       fp8_many(g, unpacking, block, next, tokens, x, operands, partial, sums);
