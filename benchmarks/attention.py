@@ -20,7 +20,7 @@ import functools
 import json
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # also with nothing installed
 
 from benchmarks.gemm import add_rates, number  # noqa: E402
+from benchmarks.libraries import ALLOW_MISSING, require_cutlass  # noqa: E402
 from benchmarks.roofline import decode_work, measure_peaks, plot, prefill_work  # noqa: E402
 from benchmarks.shapes import CONTEXTS, MODELS, ModelShape  # noqa: E402
 from benchmarks.timing import (  # noqa: E402
@@ -44,6 +45,7 @@ from benchmarks.timing import (  # noqa: E402
     gpu_state,
     l2_bytes,
     measure,
+    said,
 )
 from quant_kernels import cuda_attention, dispatch, ops  # noqa: E402
 from quant_kernels.packing import KV_PAGE  # noqa: E402
@@ -51,7 +53,8 @@ from quant_kernels.packing import KV_PAGE  # noqa: E402
 BATCHES = (1, 8, 16, 64)
 QUICK_CONTEXTS = (2048, 16384)
 QUICK_BATCHES = (1, 16)
-BACKENDS = {
+SDPA, UNPACKING = "sdpa", "cutlass, unpacking"
+KERNELS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
@@ -116,7 +119,7 @@ def unpacking_calls(model: ModelShape, length: int, device: torch.device) -> lis
             cuda_attention.prefill_attention, *call.args, window=0, expand=False,
             sm_scale=call.keywords["sm_scale"],
         )
-        for call in prefill_calls(model, length, device)
+        for call in prefill_calls(model, length, device, "cutlass")
     ]  # fmt: skip
 
 
@@ -155,7 +158,7 @@ def baselines(
     ]
     causal = queries > 1
     ways: dict[str, list[Call]] = {}
-    for name, backend in BACKENDS.items():
+    for name, backend in KERNELS.items():
         ways[f"{name}, grouped"] = [
             _sdpa(backend, (q, *pair), causal, grouped=ratio > 1) for pair in pairs
         ]
@@ -164,49 +167,71 @@ def baselines(
             ways[f"{name}, query heads as rows"] = [_sdpa(backend, (rows, *pair)) for pair in pairs]
     if causal and ratio > 1:
         repeated = [[x.repeat_interleave(ratio, dim=1) for x in pair] for pair in pairs[:2]]
-        for name, backend in BACKENDS.items():
+        for name, backend in KERNELS.items():
             ways[f"{name}, repeated"] = [_sdpa(backend, (q, *pair), causal) for pair in repeated]
     return ways
 
 
-def measure_prefill(model: ModelShape, length: int, device: torch.device) -> list[dict[str, Any]]:
-    """A row a backend; "error" or "skipped" where there is no time."""
+def contestants(op: str, device: torch.device) -> list[str]:
+    """Who attends in "prefill" or "decode" on a device, torch first."""
+    found = [SDPA, *backends(f"{op}_attention", device)]
+    return [*found, UNPACKING] if op == "prefill" and "cutlass" in found else found
+
+
+def about(op: str, model: ModelShape, batch: int, context: int, backend: str) -> dict[str, Any]:
+    """What a row says before it has a time."""
+    row = {"op": op, "model": model.name, "batch": batch, "context": context, "backend": backend}
+    form = (model.heads, model.kv_heads, model.head_dim)
+    work = prefill_work(context, *form) if op == "prefill" else decode_work(batch, context, *form)
+    return row | asdict(work)
+
+
+def measure_attention(
+    op: str, model: ModelShape, batch: int, context: int, backend: str, device: torch.device
+) -> dict[str, Any]:
+    """The time of one contestant; "skipped" where the shape does not fit the memory."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        free, needed = torch.cuda.mem_get_info(device)[0], bytes_of(op, model, batch, context)
+        if needed > MEMORY_SHARE * free:
+            return {"skipped": f"needs {needed / 1e9:.0f} GB of {free / 1e9:.0f} GB free"}
+    if backend == SDPA:
+        queries = context if op == "prefill" else 1
+        name, timing = best_of(baselines(model, batch, queries, context, device), device)
+        return asdict(timing) | {"by": name}
+    if backend == UNPACKING:
+        calls: Sequence[Call] = unpacking_calls(model, context, device)
+    elif op == "prefill":
+        calls = prefill_calls(model, context, device, backend)
+    else:
+        calls = decode_calls(model, batch, context, device, backend)
+    return asdict(measure(calls, device))
+
+
+def bytes_of(op: str, model: ModelShape, batch: int, context: int) -> int:
+    """What the baseline holds, which is more than ours."""
+    if op == "decode":
+        return 4 * batch * context * model.kv_heads * model.head_dim * 2
     ratio = model.heads // model.kv_heads
-    needed = 2 * length * model.head_dim * (3 * model.heads + 2 * model.kv_heads * (1 + ratio))
-    row = {"op": "prefill", "model": model.name, "batch": 1, "context": length}
-    work = prefill_work(length, model.heads, model.kv_heads, model.head_dim)
-    ours: dict[str, Callable[[], Sequence[Call]]] = {
-        backend: functools.partial(prefill_calls, model, length, device, backend)
-        for backend in backends("prefill_attention", device)
-    }
-    if "cutlass" in ours:
-        ours["cutlass, unpacking"] = functools.partial(unpacking_calls, model, length, device)
-    return _row(
-        row | asdict(work),
-        needed,
-        device,
-        ours,
-        lambda: baselines(model, 1, length, length, device),
-    )
+    heads = 3 * model.heads + 2 * model.kv_heads * (1 + ratio)
+    return 2 * context * model.head_dim * heads
 
 
-def measure_decode(
-    model: ModelShape, batch: int, length: int, device: torch.device
-) -> list[dict[str, Any]]:
-    """A row a backend; "error" or "skipped" where there is no time."""
-    needed = 4 * batch * length * model.kv_heads * model.head_dim * 2
-    row = {"op": "decode", "model": model.name, "batch": batch, "context": length}
-    work = decode_work(batch, length, model.heads, model.kv_heads, model.head_dim)
-    return _row(
-        row | asdict(work),
-        needed,
-        device,
-        {
-            backend: functools.partial(decode_calls, model, batch, length, device, backend)
-            for backend in backends("decode_attention", device)
-        },
-        lambda: baselines(model, batch, 1, length, device),
-    )
+def joined(parts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row a backend, with torch's time and the ratio. parts: `about` with `measure_attention`."""
+
+    def key(part: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(part[name] for name in ("op", "model", "batch", "context"))
+
+    theirs = {key(part): part for part in parts if part["backend"] == SDPA}
+    rows = []
+    for row in (dict(part) for part in parts if part["backend"] != SDPA):
+        found = theirs.get(key(row), {})
+        row |= {f"bf16_{name}": found.get(name) for name in ("us", "spread", "how", "by", "error")}
+        both = row.get("us") and row["bf16_us"]
+        row["x_bf16"] = row["bf16_us"] / row["us"] if both else None
+        rows.append(row)
+    return rows
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
@@ -240,40 +265,6 @@ def _sdpa(
     return call
 
 
-def _row(
-    row: dict[str, Any],
-    needed: int,
-    device: torch.device,
-    ours: dict[str, Callable[[], Sequence[Call]]],
-    theirs: Callable[[], dict[str, list[Call]]],
-) -> list[dict[str, Any]]:
-    """Time them one after the other, so that only one side's buffers are held."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        free = torch.cuda.mem_get_info(device)[0]
-        if needed > MEMORY_SHARE * free:
-            return [row | {"skipped": f"needs {needed / 1e9:.0f} GB of {free / 1e9:.0f} GB free"}]
-    row |= {"bf16_us": None, "bf16_by": None, "x_bf16": None}
-    try:
-        name, timing = best_of(theirs(), device)
-        row |= {"bf16_us": timing.us, "bf16_by": name, "bf16_spread": timing.spread}
-    except RuntimeError as error:
-        row["bf16_error"] = str(error)
-    rows = []
-    for backend, calls in ours.items():
-        mine = row | {"backend": backend}
-        try:
-            timing = measure(calls(), device)
-        except Exception as error:
-            rows.append(mine | {"error": first_line(error)})
-            continue
-        mine |= {"us": timing.us, "spread": timing.spread, "how": timing.how}
-        if row["bf16_us"]:
-            mine["x_bf16"] = row["bf16_us"] / timing.us
-        rows.append(mine)
-    return rows
-
-
 def backends(op: str, device: torch.device) -> list[str]:
     """Whose kernels of an op run on a device: Triton's, and cutlass's on Hopper."""
     try:
@@ -290,19 +281,30 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
     parser.add_argument("--plot", type=Path, help="the roofline, as PNG")
+    parser.add_argument("--allow-missing", action="store_true", help=ALLOW_MISSING)
     args = parser.parse_args()
     device = torch.device(args.device)
     chosen = [model for model in MODELS if not args.models or model.name in args.models]
+    require_cutlass(device, args.allow_missing)
     peaks = measure_peaks(device)
-    rows: list[dict[str, Any]] = []
+    parts: list[dict[str, Any]] = []
     for model in chosen[:1] if args.quick else chosen:
         for context in QUICK_CONTEXTS if args.quick else CONTEXTS:
-            found = measure_prefill(model, context, device)
-            for batch in QUICK_BATCHES if args.quick else BATCHES:
-                found += measure_decode(model, batch, context, device)
-            add_rates(found, peaks)
-            print("".join(markdown(found).splitlines(keepends=True)[2:]), end="", flush=True)
-            rows += found
+            pairs = [("prefill", 1)]
+            pairs += [("decode", batch) for batch in (QUICK_BATCHES if args.quick else BATCHES)]
+            for op, batch in pairs:
+                for backend in contestants(op, device):
+                    shape = (op, model, batch, context, backend)
+                    parts.append(about(*shape))
+                    try:
+                        parts[-1] |= measure_attention(*shape, device)
+                    except Exception as error:
+                        parts[-1]["error"] = first_line(error)
+                    what = f"{model.name} {op} {batch} x {context} {backend}"
+                    print(f"{what}: {said(parts[-1])}", flush=True)
+    rows = joined(parts)
+    add_rates(rows, peaks)
+    print(markdown(rows))
     if args.markdown:
         args.markdown.write_text(markdown(rows))
     if args.plot:

@@ -4,7 +4,7 @@ A trial is one call of an op on random arguments (`trials.py`). Its outputs star
 bytes 0xAA), so that an element nobody wrote shows. Then
 
     1. the kernel's outputs agree with the reference's, within the trial's bound,
-    2. a second run gives the same bits,
+    2. a second run gives the same bits, or many that are launched one behind the other,
     3. on a GPU, the call captured in a CUDA graph gives the same bits in every replay.
 
 The error metric is 1 - 2 <x, y> / (|x|^2 + |y|^2) = |x - y|^2 / (|x|^2 + |y|^2), about half the
@@ -13,7 +13,7 @@ square of the relative error.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,11 @@ from torch import Tensor
 
 Outputs = dict[str, Tensor]
 Figures = dict[str, float]
-REPLAYS = 2
+REPLAYS, AT_ONCE = 2, 20
+BACKENDS = ("triton", "cutlass")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Half a unit in the last place, relative to the number.
+ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
 
 
 class Wrong(AssertionError):
@@ -44,40 +48,69 @@ class Call:
 class Trial:
     """One call of an op, made only when its turn comes; label: the shapes.
 
-    everywhere: whether every backend takes it, or Triton's alone.
+    backends: whose kernels take it. captured: whether a graph of it is checked, too.
     """
 
     op: str
     label: str
     make: Callable[[torch.device], Call]
-    everywhere: bool = True
+    backends: tuple[str, ...] = BACKENDS
+    captured: bool = True
 
     @property
     def key(self) -> str:
         return f"{self.op}: {self.label}"
 
 
-def run(trial: Trial, device: torch.device, backend: str = "triton") -> Figures:
-    """The trial's three properties; Wrong names the first that does not hold."""
+def run(trial: Trial, device: torch.device, backend: str = "triton", launches: int = 1) -> Figures:
+    """The trial's three properties; Wrong names the first that does not hold.
+
+    launches: how many run behind the first, into outputs of their own, before one is looked at.
+    """
     call = trial.make(device)
-    wanted, found, again = call.fresh(), call.fresh(), call.fresh()
+    wanted, found = call.fresh(), call.fresh()
     call.run("reference", wanted)
     call.run(backend, found)
     figures = call.judge(wanted, found)
-    call.run(backend, again)
-    same_bits("a second run", found, again)
-    if device.type == "cuda":
+    others = [call.fresh() for _ in range(launches)]
+    for out in others:
+        call.run(backend, out)
+    for i, out in enumerate(others, start=2):
+        same_bits(f"run {i} of {launches + 1}", found, out)
+    if device.type == "cuda" and trial.captured:
         _replay(call, backend, found)
     return figures
+
+
+def at_once(device: torch.device, runs: Sequence[Callable[[], object]], backend: str) -> None:
+    """Start each of `runs` AT_ONCE times, in a stream of its own; the reference's once."""
+    if device.type != "cuda" or backend == "reference":
+        for run in runs:
+            run()
+        return
+    streams = [torch.cuda.Stream(device) for _ in runs]
+    for stream in streams:
+        stream.wait_stream(torch.cuda.current_stream())
+    for _ in range(AT_ONCE):
+        for stream, run in zip(streams, runs, strict=True):
+            with torch.cuda.stream(stream):
+                run()
+    for stream in streams:
+        torch.cuda.current_stream().wait_stream(stream)
 
 
 def same_bits(what: str, wanted: Outputs, found: Outputs) -> None:
     """Raise Wrong unless all outputs are equal bit by bit, NaN included."""
     for name, x in wanted.items():
-        different = _bits(x) != _bits(found[name])
-        if bool(different.any()):
-            count = int(different.sum())
-            raise Wrong(f"{what} gives other bits: {name}, {count} of {different.numel()} bytes")
+        y = found[name]
+        if torch.equal(_bits(x), _bits(y)):
+            continue
+        different = (_bits(x) != _bits(y)).view(*x.shape, -1).any(-1)
+        where = tuple(different.nonzero()[0].tolist())
+        raise Wrong(
+            f"{what} gives other bits: {name}, {_extent(different)}; the first, {list(where)}: "
+            f"{float(y[where]):.6g}, {float(x[where]):.6g} before"
+        )
 
 
 def close(name: str, wanted: Tensor, found: Tensor, bound: Tensor | float) -> float:
@@ -86,11 +119,14 @@ def close(name: str, wanted: Tensor, found: Tensor, bound: Tensor | float) -> fl
     limit = torch.as_tensor(bound, dtype=torch.float64, device=error.device)
     beyond = ~(error <= limit)  # NaN is beyond
     if bool(beyond.any()):
-        where = tuple(beyond.nonzero()[0].tolist())
+        first = tuple(beyond.nonzero()[0].tolist())
+        finite = error.nan_to_num(nan=-1.0, posinf=-1.0)
+        worst = torch.unravel_index(finite.argmax(), error.shape)
         raise Wrong(
-            f"{name}: {int(beyond.sum())} of {beyond.numel()} elements are off; the first, "
-            f"{list(where)} of {list(error.shape)}: {float(found[where]):.6g}, wanted "
-            f"{float(wanted[where]):.6g} +- {float(limit.expand_as(error)[where]):.2g}"
+            f"{name}: {_extent(beyond)}, {int((~found.isfinite()).sum())} not finite; the largest "
+            f"finite error {float(finite.max()):.3g} at {[int(i) for i in worst]}; the first, "
+            f"{list(first)}: {float(found[first]):.6g}, wanted {float(wanted[first]):.6g} +- "
+            f"{float(limit.expand_as(error)[first]):.2g}"
         )
     share = error / limit.expand_as(error).clamp_min(1e-300)
     return float(share.max()) if share.numel() else 0.0
@@ -128,6 +164,16 @@ def poison(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     return torch.full(shape, 0xAA, dtype=torch.uint8, device=device).view(dtype)
 
 
+def normal(generator: torch.Generator, shape: Sequence[int], deviation: float) -> Tensor:
+    """Normal numbers, where their generator is."""
+    return torch.randn(tuple(shape), generator=generator, device=generator.device) * deviation
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """For a label."""
+    return str(dtype).removeprefix("torch.")
+
+
 def _replay(call: Call, backend: str, wanted: Outputs) -> None:
     """Capture the call, then replay it over poisoned outputs."""
     outputs = call.fresh()
@@ -145,6 +191,14 @@ def _replay(call: Call, backend: str, wanted: Outputs) -> None:
         graph.replay()
         torch.cuda.synchronize()
         same_bits("a replayed graph", wanted, outputs)
+
+
+def _extent(wrong: Tensor) -> str:
+    """How many elements are wrong, and the smallest box that holds them all."""
+    spots = wrong.nonzero()
+    corners = zip(spots.amin(0).tolist(), spots.amax(0).tolist(), strict=True)
+    box = ", ".join(f"{first}..{last}" for first, last in corners)
+    return f"{len(spots)} of {wrong.numel()} elements of {list(wrong.shape)} are off, in [{box}]"
 
 
 def _bits(x: Tensor) -> Tensor:

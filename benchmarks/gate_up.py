@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.gemm import FORMATS, Shape, number, random_weight, weights
-from benchmarks.timing import first_line, measure
+from benchmarks.gemm import FORMATS, Contestant, Shape, number, random_weight, weights
+from benchmarks.timing import measure
 from quant_kernels import ops, reference
 
 HEADER = """\
@@ -30,26 +31,39 @@ def is_one(shape: Shape) -> bool:
     return any(name.endswith(" gate_up") for name in shape.names)
 
 
-def measure_gate_up(shape: Shape, m: int, device: torch.device) -> list[dict[str, Any]]:
-    """A row a format and backend: what was timed, or under "error" why it could not be."""
-    n, k = shape.n, shape.k
+def about(shape: Shape, m: int, who: Contestant, apart: bool) -> dict[str, Any]:
+    """What a row says before it has a time; apart: of the two ops."""
     name = next((name for name in shape.names if name.endswith(" gate_up")), shape.names[0])
+    fmt = who.fmt.label if who.fmt else ""
+    row = {"names": (name,), "n": shape.n, "k": shape.k, "m": m, "format": fmt}
+    return row | {"backend": who.backend, "apart": apart}
+
+
+def measure_gate_up(
+    shape: Shape, m: int, who: Contestant, apart: bool, device: torch.device
+) -> dict[str, Any]:
+    """The time of one op, or of two."""
+    assert who.fmt is not None
+    x = torch.randn(m, shape.k, dtype=torch.bfloat16, device=device)
+    tokens = reference.quantize_activation(x, who.fmt.activation)
+    held = weights(shape.n, shape.k, who, device)
+    return asdict(measure(_calls(who.backend, tokens, held, apart), device))
+
+
+def joined(parts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row a format and backend: the one op, the two, and their ratio."""
+
+    def key(part: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(part[name] for name in ("n", "k", "m", "format", "backend"))
+
+    two = {key(part): part for part in parts if part["apart"]}
     rows = []
-    for (fmt, backend), held in weights(n, k, FORMATS, device).ours.items():
-        if backend == "baseline":
-            continue
-        row = {"names": (name,), "n": n, "k": k, "m": m, "format": fmt.label, "backend": backend}
-        x = torch.randn(m, k, dtype=torch.bfloat16, device=device)
-        tokens = reference.quantize_activation(x, fmt.activation)
-        try:
-            one, two = (
-                measure(_calls(backend, tokens, held, apart), device) for apart in (False, True)
-            )
-        except Exception as error:
-            rows.append(row | {"error": first_line(error)})
-            continue
-        row |= {"us": one.us, "spread": one.spread, "how": one.how}
-        rows.append(row | {"apart_us": two.us, "x_apart": two.us / one.us})
+    for row in (dict(part) for part in parts if not part["apart"]):
+        found = two.get(key(row), {})
+        row |= {f"apart_{name}": found.get(name) for name in ("us", "spread", "how", "error")}
+        both = row.get("us") and row["apart_us"]
+        row["x_apart"] = row["apart_us"] / row["us"] if both else None
+        rows.append(row)
     return rows
 
 

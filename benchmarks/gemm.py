@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -30,11 +31,13 @@ from torch import Tensor
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # also with nothing installed
 
+from benchmarks.libraries import ALLOW_MISSING, require_cutlass  # noqa: E402
 from benchmarks.roofline import Peaks, Work, gemm_work, measure_peaks, plot, rates  # noqa: E402
 from benchmarks.shapes import MODELS, TOKENS, ModelShape  # noqa: E402
-from benchmarks.timing import Timing, copies, first_line, gpu_state, l2_bytes, measure  # noqa: E402
+from benchmarks.timing import copies, first_line, gpu_state, l2_bytes, measure, said  # noqa: E402
 from quant_kernels import cutlass_baseline, dispatch, ops, reference  # noqa: E402
 from quant_kernels.formats import (  # noqa: E402
+    CODE_MIN,
     INT8_ANCHOR,
     LUT_ANCHOR,
     LUT_SCALE_MIN,
@@ -72,9 +75,12 @@ def shapes(models: Sequence[ModelShape]) -> list[Shape]:
 
 
 def random_weight(
-    n: int, k: int, fmt: WeightFormat, device: torch.device, seed: int = 0
+    n: int, k: int, fmt: WeightFormat, device: torch.device, seed: int = 0, least: int = CODE_MIN
 ) -> SplitWeight:
-    """A legal weight in the split layout, made where it is used: codes are uniform."""
+    """A legal weight in the split layout, made where it is used: codes are uniform.
+
+    least: CODE_MIN, or one more, for codes that stop short of -8.
+    """
     generator = torch.Generator(device).manual_seed(seed)
 
     def integers(low: int, high: int, *size: int) -> Tensor:
@@ -83,6 +89,9 @@ def random_weight(
     span = span_of(k, fmt)
     codes = torch.empty(k // span, n, span // 2, dtype=torch.uint8, device=device)
     codes.random_(0, 256, generator=generator)
+    if least > CODE_MIN:
+        for shift in (0, 4):  # a nibble of 8 is -8, of 9 is -7
+            codes += ((codes >> shift & 15) == 8).to(torch.uint8) << shift
     units = torch.rand(n, generator=generator, device=device) * 0.02 + 0.003
     groups = fmt.groups(k)
     if fmt.per_channel:
@@ -103,46 +112,53 @@ def random_weight(
 
 
 @dataclass(frozen=True)
-class Held:
-    """Copies of one linear's weights: per format and backend, in BF16, and in FP8 with scales
-    [1, N]."""
+class Contestant:
+    """What multiplies: a backend with a weight format, or torch in "bf16" or "fp8"."""
 
-    ours: dict[tuple[WeightFormat, str], list[Any]]
-    bf16: list[Tensor]
-    fp8: list[tuple[Tensor, Tensor]]
+    backend: str
+    fmt: WeightFormat | None = None
+
+    @property
+    def label(self) -> str:
+        return self.backend if self.fmt is None else f"{self.backend} {self.fmt.label}"
+
+
+TORCH = (Contestant("bf16"), Contestant("fp8"))
+
+
+def contestants(
+    device: torch.device, formats: Sequence[WeightFormat] = FORMATS
+) -> list[Contestant]:
+    """Which of BACKENDS multiply these formats on a device."""
+    found = [Contestant("triton", fmt) for fmt in formats]
+    for fmt in formats:
+        try:
+            backend = dispatch.choose(f"gemm_{fmt.scheme}", device, "cutlass")
+        except dispatch.BackendUnavailable:
+            continue
+        found.append(Contestant(backend, fmt))
+        if fmt.numerics == "lut" and fmt.group_size == 128 and cutlass_baseline.available():
+            found.append(Contestant("baseline", fmt))
+    return found
 
 
 # Shapes follow one another with growing M: only the last linear's weights are kept.
 @functools.lru_cache(maxsize=1)
-def weights(n: int, k: int, formats: tuple[WeightFormat, ...], device: torch.device) -> Held:
-    """As many copies of each as evict one another from the L2."""
+def weights(n: int, k: int, who: Contestant, device: torch.device) -> list[Any]:
+    """As many copies of a linear's weight, as `who` reads it, as evict one another from the L2."""
     l2 = l2_bytes(device)
-    ours: dict[tuple[WeightFormat, str], list[Any]] = {}
-    for fmt in formats:
-        made = [random_weight(n, k, fmt, device, seed) for seed in range(copies(n * k // 2, l2))]
-        for backend in contestants(fmt, device):
-            ours[fmt, backend] = [prepared(weight, backend) for weight in made]
-    bf16 = [
-        torch.randn(n, k, dtype=torch.bfloat16, device=device) * 0.02
-        for _ in range(copies(2 * n * k, l2))
+    if who.fmt is not None:
+        seeds = range(copies(n * k // 2, l2))
+        return [prepared(random_weight(n, k, who.fmt, device, i), who.backend) for i in seeds]
+    number = copies((2 if who.backend == "bf16" else 1) * n * k, l2)
+    wide = (torch.randn(n, k, dtype=torch.bfloat16, device=device) for _ in range(number))
+    if who.backend == "bf16":
+        return [weight * 0.02 for weight in wide]
+    units = [torch.rand(1, n, device=device) * 0.01 + 0.001 for _ in range(number)]
+    return [
+        ((weight * 64).to(torch.float8_e4m3fn), unit)
+        for weight, unit in zip(wide, units, strict=True)
     ]
-    fp8 = []
-    for _ in range(copies(n * k, l2)):
-        codes = torch.randn(n, k, dtype=torch.bfloat16, device=device) * 64
-        scale = torch.rand(1, n, device=device) * 0.01 + 0.001
-        fp8.append((codes.to(torch.float8_e4m3fn), scale))
-    return Held(ours, bf16, fp8)
-
-
-def contestants(fmt: WeightFormat, device: torch.device) -> list[str]:
-    """Which of BACKENDS multiply a format on a device."""
-    try:
-        found = ["triton", dispatch.choose(f"gemm_{fmt.scheme}", device, "cutlass")]
-    except dispatch.BackendUnavailable:
-        return ["triton"]
-    if fmt.numerics == "lut" and fmt.group_size == 128 and cutlass_baseline.available():
-        found.append("baseline")
-    return found
 
 
 def prepared(weight: SplitWeight, backend: str) -> Any:
@@ -155,45 +171,57 @@ def prepared(weight: SplitWeight, backend: str) -> Any:
     return ops.prepare(packed, backend=backend)
 
 
-def measure_gemm(
-    shape: Shape, m: int, device: torch.device, formats: tuple[WeightFormat, ...] = FORMATS
-) -> list[dict[str, Any]]:
-    """A row a format and backend: what was timed, or under "error" why it could not be."""
-    n, k = shape.n, shape.k
-    held = weights(n, k, formats, device)
+def about(shape: Shape, m: int, who: Contestant) -> dict[str, Any]:
+    """What a row says before it has a time."""
+    row = {"names": shape.names, "n": shape.n, "k": shape.k, "m": m, "backend": who.backend}
+    if who.fmt is not None:
+        work = asdict(gemm_work(m, shape.n, shape.k, who.fmt))
+        row |= {"format": who.fmt.label, "kind": who.fmt.activation, **work}
+    return row
+
+
+def measure_gemm(shape: Shape, m: int, who: Contestant, device: torch.device) -> dict[str, Any]:
+    """The time of one contestant."""
+    held = weights(shape.n, shape.k, who, device)
+    x = torch.randn(m, shape.k, dtype=torch.bfloat16, device=device)
+    out = torch.empty(m, shape.n, dtype=torch.bfloat16, device=device)
+    if who.backend == "bf16":
+        return asdict(measure(_bf16_calls(x, held, out), device))
+    codes = reference.quantize_activation(x, "fp8" if who.fmt is None else who.fmt.activation)
+    if who.fmt is None:
+        return asdict(measure(_fp8_calls(*codes, held), device))
+    return asdict(measure(_our_calls(who.backend, *codes, held, out), device))
+
+
+def measure_quantize(m: int, k: int, kind: str, device: torch.device) -> dict[str, Any]:
+    """BF16 [M, K] to codes and token scales, by the op."""
     x = torch.randn(m, k, dtype=torch.bfloat16, device=device)
-    out = torch.empty(m, n, dtype=torch.bfloat16, device=device)
-    codes = {kind: reference.quantize_activation(x, kind) for kind in ("fp8", "int8")}
-    notes: dict[str, str] = {}
+    dtype = torch.float8_e4m3fn if kind == "fp8" else torch.int8
+    codes = torch.empty(m, k, dtype=dtype, device=device)
+    scale = torch.empty(m, 1, device=device)
+    call = functools.partial(ops.quantize_activation, x, codes, scale, backend="triton")
+    return asdict(measure([call], device, seconds=0.02))
 
-    def attempt(name: str, run: Callable[[], Timing]) -> Timing | None:
-        try:
-            return run()
-        except Exception as error:
-            notes[name] = first_line(error)
-            return None
 
-    bf16 = attempt("bf16", lambda: measure(_bf16_calls(x, held.bf16, out), device))
-    fp8 = attempt("fp8", lambda: measure(_fp8_calls(*codes["fp8"], held.fp8), device))
+def joined(parts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row a format and backend, with the times of what it stands beside and the ratios.
+
+    parts: `about` with `measure_gemm`, or with an "error"; and {"m", "k", "kind", "backend":
+    "quantize"} with `measure_quantize`.
+    """
+    beside: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for part in parts:
+        if "format" not in part:
+            last = part["kind"] if part["backend"] == "quantize" else part["n"]
+            beside[part["backend"], part["m"], part["k"], last] = part
     rows = []
-    for (fmt, backend), held_weights in held.ours.items():
-        calls = _our_calls(backend, *codes[fmt.activation], held_weights, out)
-        label = f"{fmt.label} {backend}"
-        ours = attempt(label, lambda calls=calls: measure(calls, device))
-        quantize = attempt(
-            "quantize", lambda fmt=fmt: quantize_timing(m, k, fmt.activation, device)
-        )
-        work = gemm_work(m, n, k, fmt)
-        row = {"names": shape.names, "n": n, "k": k, "m": m, "format": fmt.label}
-        row |= {"backend": backend, **asdict(work)}
-        for name, timing in (("bf16", bf16), ("fp8", fp8), ("quantize", quantize)):
-            row[f"{name}_us"] = timing.us if timing else None
-            row[f"{name}_spread"] = timing.spread if timing else None
-        row |= {"how": ours.how if ours else None, "notes": dict(notes)}
-        if ours is None:
-            row["error"] = notes[label]
-        else:
-            row |= {"us": ours.us, "spread": ours.spread, **_ratios(ours, bf16, fp8, quantize)}
+    for row in (dict(part) for part in parts if "format" in part):
+        for name, last in (("bf16", row["n"]), ("fp8", row["n"]), ("quantize", row["kind"])):
+            found = beside.get((name, row["m"], row["k"], last), {})
+            for field in ("us", "spread", "how", "error"):
+                row[f"{name}_{field}"] = found.get(field)
+        if "us" in row:
+            row |= _ratios(row["us"], row["bf16_us"], row["fp8_us"], row["quantize_us"])
         rows.append(row)
     return rows
 
@@ -210,17 +238,6 @@ def compile_once(
         ops.quantize_activation(x, codes, scale, backend="triton")
         weight = random_weight(shape.n, shape.k, fmt, device)
         _our_calls("triton", codes, scale, [weight], out)[0]()
-
-
-@functools.lru_cache(maxsize=256)
-def quantize_timing(m: int, k: int, kind: str, device: torch.device) -> Timing:
-    """BF16 [M, K] to codes and token scales, by the op."""
-    x = torch.randn(m, k, dtype=torch.bfloat16, device=device)
-    dtype = torch.float8_e4m3fn if kind == "fp8" else torch.int8
-    codes = torch.empty(m, k, dtype=dtype, device=device)
-    scale = torch.empty(m, 1, device=device)
-    call = functools.partial(ops.quantize_activation, x, codes, scale, backend="triton")
-    return measure([call], device, seconds=0.02)
 
 
 def add_rates(rows: Sequence[dict[str, Any]], peaks: Peaks) -> None:
@@ -259,13 +276,12 @@ def number(value: float | None, digits: int) -> str:
 
 
 def _ratios(
-    ours: Timing, bf16: Timing | None, fp8: Timing | None, quantize: Timing | None
+    us: float, bf16: float | None, fp8: float | None, quantize: float | None
 ) -> dict[str, float | None]:
-    whole = ours.us + quantize.us if quantize else None
     return {
-        "x_bf16": bf16.us / ours.us if bf16 else None,
-        "x_fp8": fp8.us / ours.us if fp8 else None,
-        "x_bf16_with_quantize": bf16.us / whole if bf16 and whole else None,
+        "x_bf16": bf16 / us if bf16 else None,
+        "x_fp8": fp8 / us if fp8 else None,
+        "x_bf16_with_quantize": bf16 / (us + quantize) if bf16 and quantize else None,
     }
 
 
@@ -301,6 +317,14 @@ def _fp8_calls(
     ]  # fmt: skip
 
 
+def _attempt(measure_it: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
+    """The figures, or why there are none."""
+    try:
+        return measure_it(*args)
+    except Exception as error:
+        return {"error": first_line(error)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cuda")
@@ -310,6 +334,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
     parser.add_argument("--plot", type=Path, help="the roofline, as PNG")
+    parser.add_argument("--allow-missing", action="store_true", help=ALLOW_MISSING)
     parser.add_argument("--rounds", type=int, default=15, help="samples of each library, on a CPU")
     args = parser.parse_args()
     device = torch.device(args.device)
@@ -321,14 +346,20 @@ def main() -> None:
         return
     chosen = [model for model in MODELS if not args.models or model.name in args.models]
     tokens = args.tokens or (QUICK_TOKENS if args.quick else TOKENS)
+    require_cutlass(device, args.allow_missing)
     peaks = measure_peaks(device)
-    rows: list[dict[str, Any]] = []
+    parts: list[dict[str, Any]] = []
     for shape in shapes(chosen[:1] if args.quick else chosen):
-        for m in tokens:
-            found = measure_gemm(shape, m, device)
-            add_rates(found, peaks)
-            print("".join(markdown(found).splitlines(keepends=True)[2:]), end="", flush=True)
-            rows += found
+        for who in (*TORCH, *contestants(device)):
+            for m in tokens:
+                parts.append(about(shape, m, who) | _attempt(measure_gemm, shape, m, who, device))
+                print(f"{shape.names[0]} M {m} {who.label}: {said(parts[-1])}", flush=True)
+        for m, kind in itertools.product(tokens, ("fp8", "int8")):
+            part = {"backend": "quantize", "m": m, "k": shape.k, "kind": kind}
+            parts.append(part | _attempt(measure_quantize, m, shape.k, kind, device))
+    rows = joined(parts)
+    add_rates(rows, peaks)
+    print(markdown(rows))
     if args.markdown:
         args.markdown.write_text(markdown(rows))
     if args.plot:

@@ -20,6 +20,7 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -31,12 +32,13 @@ SAMPLE_US = 300.0
 EVICTED = 2  # times the L2's size lie between two uses of a buffer
 MOST_COPIES = 128
 L2_WITHOUT_GPU = 2**10
+TIMED = ("graph", "clock")  # how times are meant to be taken; any other way is worth a line
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Microseconds a call: median, spread (p90 - p10) / median, samples, and "graph", "events" or
-    "clock" (a CPU, in tests)."""
+    """Microseconds a call: median, spread (p90 - p10) / median, samples, and "graph", "events: why
+    not a graph" or "clock" (a CPU, in tests)."""
 
     us: float
     spread: float
@@ -81,8 +83,8 @@ def measure(
     repeats = max(1, min(64, round(SAMPLE_US / max(once * len(calls), 1.0))))
     graph = _capture([*calls] * repeats)
     run, count, how = (
-        (lambda: _all(calls), len(calls), "events")
-        if graph is None
+        (lambda: _all(calls), len(calls), f"events: {graph}")
+        if isinstance(graph, str)
         else (graph.replay, len(calls) * repeats, "graph")
     )
     run()
@@ -120,11 +122,28 @@ def best_of(candidates: dict[str, Sequence[Call]], device: torch.device) -> tupl
     return winner, measure(candidates[winner], device)
 
 
+def warm_up(device: torch.device) -> None:
+    """Start the device and torch's libraries, so that the first call does not pay for them."""
+    if device.type == "cuda":
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            x = torch.ones(64, 64, dtype=dtype, device=device)
+            torch.mm(x, x)
+        torch.cuda.synchronize(device)
+
+
 def synchronizer(device: torch.device) -> Call:
     """What waits for a device, and raises what its kernels did wrong."""
     if device.type != "cuda":
         return lambda: None
     return functools.partial(torch.cuda.synchronize, device)
+
+
+def said(figures: dict[str, Any]) -> str:
+    """A time in a few words, or why there is none."""
+    if "us" not in figures:
+        return str(figures.get("error") or figures.get("skipped"))
+    how = figures["how"]
+    return f"{figures['us']:.1f} us" + (f" ({how})" if how not in TIMED else "")
 
 
 def first_line(error: BaseException) -> str:
@@ -170,15 +189,15 @@ def _between_events(run: Callable[[], object]) -> float:
     return float(start.elapsed_time(end)) * 1e3
 
 
-def _capture(calls: Sequence[Call]) -> torch.cuda.CUDAGraph | None:
-    """The calls as one graph, or None where one of them cannot be captured."""
+def _capture(calls: Sequence[Call]) -> torch.cuda.CUDAGraph | str:
+    """The calls as one graph, or why one of them cannot be captured."""
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph):
             _all(calls)
-    except RuntimeError:
+    except RuntimeError as error:
         torch.cuda.synchronize()
-        return None
+        return first_line(error)
     return graph
 
 

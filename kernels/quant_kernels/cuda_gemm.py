@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from quant_kernels import cuda, cuda_tuning
 from quant_kernels.cuda_tuning import BUCKETS, KINDS, Case, Config
+from quant_kernels.formats import WeightFormat
 from quant_kernels.fragments import FragmentWeight
 from quant_kernels.registration import OpError
 
@@ -133,11 +135,15 @@ def describe(
 
 def kind_of(weight: FragmentWeight) -> str:
     """Which of `cuda_tuning.KINDS` multiplies a weight."""
-    fmt = weight.fmt
+    return kind_name(weight.fmt, weight.has_minus_eight)
+
+
+def kind_name(fmt: WeightFormat, minus_eight: bool) -> str:
+    """Which of `cuda_tuning.KINDS` multiplies a format, with or without codes of -8."""
     if fmt.scheme == "w4a8":
         return "int8-channel" if fmt.per_channel else "int8"
     kind = "fp8-channel" if fmt.per_channel else fmt.numerics
-    return f"{kind}-8" if weight.has_minus_eight else kind
+    return f"{kind}-8" if minus_eight else kind
 
 
 def case_of(weight: FragmentWeight, bucket: int, silu_mul: bool) -> Case:
@@ -147,19 +153,32 @@ def case_of(weight: FragmentWeight, bucket: int, silu_mul: bool) -> Case:
 
 
 def workspace_bytes(device: torch.device, gemms: Sequence[tuple[int, int]], max_tokens: int) -> int:
-    """Bytes that `gemm` asks for with weights [n, k] of any format and up to max_tokens tokens."""
-    sms, most = multiprocessors(device), 0
-    for n, k in gemms:
-        maxima = maxima_bytes(max_tokens, n)  # of any weight: whose is a gate's is not said
-        for bucket in BUCKETS:
-            for kind in KINDS:
-                for group in (32, 64, 128):
-                    for silu_mul in (False, True):
-                        case = Case(kind, group, bucket, n, k, silu_mul)
-                        config = cuda_tuning.choose(case, max(bucket, max_tokens), sms)
-                        most = max(most, needed_bytes(config) + maxima)
-            if bucket >= max_tokens:
-                break
+    """Bytes that `gemm` asks for with weights [n, k] of any format and up to max_tokens tokens.
+
+    Never less for more tokens. Asked for by every step of a model: what takes long is cached.
+    """
+    if not gemms:
+        return 0
+    sums = _most_sums(multiprocessors(device), tuple(gemms), cuda_tuning.bucket_of(max_tokens))
+    # Whose weight is a gate's is not said.
+    return sums + max(maxima_bytes(max_tokens, n) for n, _ in gemms)
+
+
+@functools.cache
+def _most_sums(sms: int, gemms: tuple[tuple[int, int], ...], largest: int) -> int:
+    """Bytes of the sums of any call with up to `largest` tokens; the last bucket has no end."""
+    most = 0
+    for (n, k), kind, group, silu_mul in itertools.product(
+        gemms, KINDS, (32, 64, 128), (False, True)
+    ):
+        for bucket in (bucket for bucket in BUCKETS if bucket <= largest):
+            case = Case(kind, group, bucket, n, k, silu_mul)
+            configs = [cuda_tuning.choose(case, bucket, sms)]
+            if (
+                bucket == BUCKETS[-1]
+            ):  # whose choice depends on the tokens, and not in one direction
+                configs += cuda_tuning.candidates(case, sms)
+            most = max(most, *map(needed_bytes, configs))
     return most
 
 

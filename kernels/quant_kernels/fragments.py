@@ -113,6 +113,10 @@ def fragment_weight(weight: PackedWeight) -> FragmentWeight:
     if fmt.scheme == "w4a8" or not minus_eight:
         words = words.view(torch.uint8)
     t = t.contiguous().to(SCALE_DTYPES[fmt.numerics])
+    if words.is_cuda:
+        # A GEMM reads its weight before it waits for the kernel launched ahead of it, which may be
+        # the one that wrote it.
+        torch.cuda.synchronize(words.device)
     return FragmentWeight(words, t, c.flatten(), fmt, columns)
 
 

@@ -4,6 +4,7 @@ import argparse
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -111,3 +112,26 @@ def test_graphs_that_change_tokens_are_told(monkeypatch):
     given[True] = [[1, 2, 3, 4], [5, 6, 0, 8]]
     with pytest.raises(SystemExit, match=r"tokens of sequences \[1\] of 2"):
         generation.check_graphs(args, None, 2, 8)
+
+
+def test_a_cells_cache_is_gone_before_the_next_is_made(monkeypatch):
+    # A cache refers to itself here, as recorded steps may: only the collector ends it.
+    held = weakref.WeakSet()
+
+    class Cache:
+        def __init__(self):
+            self.itself = self
+
+    def engine(args, model, batch, length):
+        assert len(held) == 0
+        cache = Cache()
+        held.add(cache)
+        return lambda prompts, count, cache=cache: [[1] * count for _ in prompts]
+
+    monkeypatch.setattr(generation, "our_engine", engine)
+    monkeypatch.setattr(generation, "our_model", lambda *_: None)
+    monkeypatch.setattr(generation, "check_graphs", lambda *_: None)
+    args = argparse.Namespace(
+        engine="fourbyeight", batch=[1, 2], prompt=[4, 8], tokens=3, repeats=1, device="cpu"
+    )
+    assert len(generation._work(args)) == 4

@@ -14,7 +14,7 @@ import itertools
 import pytest
 import torch
 
-from quant_kernels import cuda_gemm, dispatch, ops, reference
+from quant_kernels import cuda_gemm, cuda_tuning, dispatch, ops, reference
 from quant_kernels.cuda_gemm import Gemm, describe
 from quant_kernels.cuda_tuning import (
     BUCKETS,
@@ -328,6 +328,28 @@ def test_the_workspace_is_enough_for_every_choice(monkeypatch):
             bucket = next(b for b in BUCKETS if tokens <= b)
             case = Case(kind, 128, bucket, 4096, 4096, False)
             assert cuda_gemm.needed_bytes(by_model(case, bucket, 132)) <= found
+
+
+def test_the_workspace_is_enough_for_fewer_tokens_and_asked_for_at_no_cost(monkeypatch):
+    monkeypatch.setattr(cuda_gemm, "multiprocessors", lambda device: 132)
+    gpu, gemms = torch.device("cuda"), [(6144, 4096), (4096, 14336), (28672, 4096)]
+    counts = [1, 2, 15, 16, 17, 64, 65, 128, 200, 256, 257, 511, 512, 513, 700, 1000, 1024, 2048]
+    counts += [2049, 4095, 4096, 8192, 8193, 16384]
+    found = [cuda_gemm.workspace_bytes(gpu, gemms, tokens) for tokens in counts]
+    assert found == sorted(found)
+    # What any number of tokens asks for fits in the workspace of the next count and of all after.
+    for tokens, size in zip(counts, found, strict=True):
+        bucket = next((b for b in BUCKETS if tokens <= b), BUCKETS[-1])
+        for (n, k), kind, silu_mul in itertools.product(gemms, KINDS, (False, True)):
+            case = Case(kind, 128, bucket, n, k, silu_mul)
+            config = cuda_tuning.choose(case, tokens, 132)
+            maxima = cuda_gemm.maxima_bytes(tokens, n)
+            assert cuda_gemm.needed_bytes(config) + maxima <= size
+    asked = []
+    monkeypatch.setattr(cuda_tuning, "choose", lambda *args: asked.append(args))
+    again = [cuda_gemm.workspace_bytes(gpu, gemms, tokens + 1) for tokens in counts]
+    assert asked == []
+    assert all(x >= y for x, y in zip(again, found, strict=True))
 
 
 def test_the_structure_is_the_headers():
