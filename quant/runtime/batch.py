@@ -56,6 +56,29 @@ class Batch:
     lengths: tuple[int, ...]
     chunk_lengths: tuple[int, ...]
 
+    @property
+    def is_decode_step(self) -> bool:
+        """One new token for each sequence, and its logits wanted."""
+        return self.singles == len(self.lengths) == len(self.logit_rows)
+
+
+def padding(size: int, width: int, device: torch.device) -> Batch:
+    """A decode step of sequences without tokens, which attend to nothing and store nothing, with
+    `width` columns of pages: a place to copy batches into."""
+    row = torch.zeros(size, dtype=torch.int32, device=device)
+    return Batch(
+        tokens=row,
+        positions=row.clone(),
+        slots=row - 1,
+        block_table=row.new_zeros(size, width),
+        kv_lens=row.clone(),
+        starts=row[:1].clone(),
+        logit_rows=torch.arange(size, dtype=torch.int32, device=device),
+        singles=size,
+        lengths=(0,) * size,
+        chunk_lengths=(1,) * size,
+    )
+
 
 def pages_needed(tokens: int) -> int:
     """How many pages hold that many tokens of one sequence."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant.runtime.batch import Batch, pages_needed
+from quant.runtime.batch import Batch, padding, pages_needed
 from quant.runtime.model import Cache, Model
 
 WARM_UP = 2  # runs before recording: kernels are compiled, tuned and loaded in them
@@ -45,8 +45,8 @@ class DecodeGraphs:
         self._pool: Any = None  # of memory
 
     def takes(self, batch: Batch) -> bool:
-        """Whether the batch is a decode step: one new token each, and its logits wanted."""
-        return batch.singles == len(batch.lengths) == len(batch.logit_rows)
+        """Whether the batch can be replayed: decode steps can."""
+        return batch.is_decode_step
 
     def next_logits(self, batch: Batch, cache: Cache) -> Tensor:
         """As `Model.next_logits` gives them, [B, V]; valid until the next call."""
@@ -66,20 +66,7 @@ class DecodeGraphs:
         return recorded.logits[:size]
 
     def _record(self, bucket: int) -> _Recorded:
-        device = self.model.device
-        row = torch.zeros(bucket, dtype=torch.int32, device=device)
-        batch = Batch(
-            tokens=row.clone(),
-            positions=row.clone(),
-            slots=row - 1,
-            block_table=row.new_zeros(bucket, self._width),
-            kv_lens=row.clone(),
-            starts=row[:1].clone(),
-            logit_rows=torch.arange(bucket, dtype=torch.int32, device=device),
-            singles=bucket,
-            lengths=(0,) * bucket,
-            chunk_lengths=(1,) * bucket,
-        )
+        batch = padding(bucket, self._width, self.model.device)
         logits, replay = self._capture(lambda: self.model.next_logits(batch, self.cache))
         self._recorded[bucket] = _Recorded(batch, logits, replay)
         return self._recorded[bucket]

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from quant.runtime.batch import Batch, pages_needed
+from quant.runtime.batch import Batch, padding, pages_needed
 from quant.runtime.buffers import Buffers
 from quant.runtime.graphs import DecodeGraphs
 from quant.runtime.model import Cache, Model
@@ -47,10 +47,8 @@ class DecodeRecordings:
         self._possible = True
 
     def takes(self, batch: Batch) -> bool:
-        """Whether the batch is a decode step, one new token each and its logits wanted, of a model
-        that can be recorded."""
-        singles = batch.singles == len(batch.lengths) == len(batch.logit_rows)
-        return singles and self._possible
+        """Whether the batch is a decode step, of a model that can be recorded."""
+        return batch.is_decode_step and self._possible
 
     def next_logits(self, batch: Batch, cache: Cache) -> Tensor:
         """As `Model.next_logits` gives them, [B, V]."""
@@ -69,20 +67,7 @@ class DecodeRecordings:
 
     def _record(self, key: tuple[int, int], batch: Batch) -> Tensor:
         """The step's last hidden states; it is recorded where it can be."""
-        size = key[0]
-        row = torch.zeros(size, dtype=torch.int32)
-        static = Batch(
-            tokens=row,
-            positions=row.clone(),
-            slots=row.clone(),
-            block_table=row.new_zeros(size, self._width),
-            kv_lens=row.clone(),
-            starts=row[:1].clone(),
-            logit_rows=batch.logit_rows.clone(),
-            singles=size,
-            lengths=(0,) * size,
-            chunk_lengths=(1,) * size,
-        )
+        static = padding(key[0], self._width, self.model.device)
         _copy(batch, static)
         hidden = F.embedding(batch.tokens, self.model.embedding)
         buffers, seen = Buffers(self.model.device), _Computing()
