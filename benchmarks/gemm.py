@@ -31,6 +31,7 @@ from torch import Tensor
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # also with nothing installed
 
+from benchmarks import humming_peer  # noqa: E402
 from benchmarks.libraries import ALLOW_MISSING, require_cutlass  # noqa: E402
 from benchmarks.roofline import Peaks, Work, gemm_work, measure_peaks, plot, rates  # noqa: E402
 from benchmarks.shapes import MODELS, TOKENS, ModelShape  # noqa: E402
@@ -48,7 +49,7 @@ from quant_kernels.packing import SCALE_DTYPES, SplitWeight, join_weight, span_o
 
 FORMATS = (WeightFormat("w4afp8", 128, "lut"), WeightFormat("w4a8", 128, "int8"))
 QUICK_TOKENS = (1, 16, 64, 512, 4096)
-BACKENDS = ("triton", "cutlass", "baseline")
+BACKENDS = ("triton", "cutlass", "baseline", "humming")
 HEADER = """\
 | linear | N x K | M | format | backend | us | spread | TFLOP/s | GB/s | roofline | bf16 us \
 | x bf16 | fp8 us | x fp8 | quantize us | x bf16 with quantize |
@@ -139,6 +140,8 @@ def contestants(
         found.append(Contestant(backend, fmt))
         if fmt.numerics == "lut" and fmt.group_size == 128 and cutlass_baseline.available():
             found.append(Contestant("baseline", fmt))
+    if humming_peer.why_unavailable(device) is None:
+        found += [Contestant("humming", fmt) for fmt in formats]
     return found
 
 
@@ -168,6 +171,8 @@ def prepared(weight: SplitWeight, backend: str) -> Any:
     packed = join_weight(weight)
     if backend == "baseline":
         return cutlass_baseline.prepare(packed)
+    if backend == "humming":
+        return humming_peer.prepare(packed)
     return ops.prepare(packed, backend=backend)
 
 
@@ -226,18 +231,16 @@ def joined(parts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def compile_once(
-    shape: Shape, m: int, device: torch.device, formats: tuple[WeightFormat, ...] = FORMATS
-) -> None:
-    """Run the kernels that `measure_gemm` will time: Triton keeps what it compiled on disk."""
+def compile_once(shape: Shape, m: int, who: Contestant, device: torch.device) -> None:
+    """Run the kernels that `measure_gemm` will time: who compiles keeps the result on disk."""
+    assert who.fmt is not None
     out = torch.empty(m, shape.n, dtype=torch.bfloat16, device=device)
     x = torch.randn(m, shape.k, dtype=torch.bfloat16, device=device)
-    for fmt in formats:
-        dtype = torch.float8_e4m3fn if fmt.activation == "fp8" else torch.int8
-        codes, scale = torch.empty_like(x, dtype=dtype), torch.empty(m, 1, device=device)
+    codes, scale = reference.quantize_activation(x, who.fmt.activation)
+    if who.backend == "triton":
         ops.quantize_activation(x, codes, scale, backend="triton")
-        weight = random_weight(shape.n, shape.k, fmt, device)
-        _our_calls("triton", codes, scale, [weight], out)[0]()
+    held = prepared(random_weight(shape.n, shape.k, who.fmt, device), who.backend)
+    _our_calls(who.backend, codes, scale, [held], out)[0]()
 
 
 def add_rates(rows: Sequence[dict[str, Any]], peaks: Peaks) -> None:
@@ -289,6 +292,8 @@ def _our_calls(
     backend: str, codes: Tensor, scale: Tensor, held: Sequence[Any], out: Tensor
 ) -> list[Callable[[], object]]:
     (m, n), k = out.shape, codes.shape[1]
+    if backend == "humming":
+        return humming_peer.calls(codes, scale, held, out)
     if backend == "baseline":
         return [
             functools.partial(cutlass_baseline.gemm, codes, scale, weight, out) for weight in held

@@ -258,7 +258,7 @@ def main() -> int:
                 f"{len(trials)} checks, {failed} failed; {time.time() - started:.0f} s", flush=True
             )
             if times:
-                if device.type == "cuda" and "triton" in args.backends:
+                if device.type == "cuda" and items_of("compile", args):
                     run_stage(args, "compile", folder, started + (end - started) * COMPILE_SHARE)
                 run_stage(args, "measure", folder, end)
                 figures["gpu_after"] = gpu_state(device)

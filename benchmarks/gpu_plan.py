@@ -15,8 +15,8 @@ from benchmarks.shapes import CONTEXTS, MODELS, TOKENS, ModelShape
 from benchmarks.worker import COMPILE_S, Item
 
 BACKENDS = gemm.BACKENDS
-# Seconds of an item until it counts as hanging. Triton's compile; the others are compiled.
-LIMITS = {"triton": COMPILE_S, "cutlass": 20.0, "baseline": 20.0, "torch": 60.0}
+# Seconds of an item until it counts as hanging. Triton's and Humming's compile.
+LIMITS = {"triton": COMPILE_S, "cutlass": 20.0, "baseline": 20.0, "humming": 60.0, "torch": 60.0}
 FFN_TOKENS = 16 * 1024
 
 
@@ -71,16 +71,18 @@ def name_of(key: str, backend: str) -> str:
 
 
 def compile_items(small: bool, device: torch.device, backends: Sequence[str]) -> list[Item]:
-    """One launch of Triton's kernels that `measure_items` times; the others are compiled."""
-    if "triton" not in backends:
-        return []
+    """One launch of the kernels that `measure_items` times of those who compile."""
     plan = SMALL_PLAN if small else PLAN
-    found = [
-        Item(f"{shape.n} x {shape.k}, {m}", partial(gemm.compile_once, shape, m, device))
-        for tier in plan.tiers[:2]
-        for shape in gemm.shapes(plan.models)
-        for m in tier.tokens
-    ]
+    found = []
+    for tier in plan.tiers[:2]:
+        for shape in gemm.shapes(plan.models):
+            for m in tier.tokens:
+                for who in _ours(device, backends):
+                    if who.backend == "triton" or _is_humming_timed(who, shape, m, plan):
+                        run = partial(gemm.compile_once, shape, m, who, device)
+                        found.append(Item(f"{_sizes(shape, m)} {who.label}", run))
+    if "triton" not in backends:
+        return found
     found += [
         Item(f"{shape.n} x {shape.k}, {m} codes", partial(gate_up.compile_once, shape, m, device))
         for tier in plan.tiers[:2]
@@ -110,7 +112,7 @@ def measure_items(small: bool, device: torch.device, backends: Sequence[str]) ->
     for tier in plan.tiers:
         items: list[Item] = []
         for shape in gemm.shapes(plan.models):
-            items += _gemm_items(shape, tier.tokens, device, backends)
+            items += _gemm_items(shape, tier.tokens, plan, device, backends)
             items += _gate_up_items(shape, tier.tokens, device, backends)
         for model in plan.attention_models:
             for context in tier.contexts:
@@ -123,16 +125,20 @@ def measure_items(small: bool, device: torch.device, backends: Sequence[str]) ->
 
 
 def _gemm_items(
-    shape: gemm.Shape, tokens: Sequence[int], device: torch.device, backends: Sequence[str]
+    shape: gemm.Shape,
+    tokens: Sequence[int],
+    plan: Plan,
+    device: torch.device,
+    backends: Sequence[str],
 ) -> list[Item]:
     found = []
     for who in (*gemm.TORCH, *_ours(device, backends)):
         backend = "torch" if who.fmt is None else who.backend
         for m in tokens:
-            run, about = (
-                partial(gemm.measure_gemm, shape, m, who, device),
-                gemm.about(shape, m, who),
-            )
+            if who.backend == "humming" and not _is_humming_timed(who, shape, m, plan):
+                continue
+            run = partial(gemm.measure_gemm, shape, m, who, device)
+            about = gemm.about(shape, m, who)
             key = f"gemm: {_sizes(shape, m)} {who.label}"
             found.append(Item(key, run, LIMITS[backend], _subject(who), about))
     for m in tokens if "triton" in backends else ():
@@ -148,7 +154,7 @@ def _gate_up_items(
 ) -> list[Item]:
     found = []
     for who in _ours(device, backends) if gate_up.is_one(shape) else ():
-        for m in tokens if who.backend != "baseline" else ():
+        for m in tokens if who.backend not in ("baseline", "humming") else ():
             for apart in (False, True) if "triton" in backends else (False,):
                 run = partial(gate_up.measure_gate_up, shape, m, who, apart, device)
                 key = f"gate_up: {_sizes(shape, m)} {who.label}{' apart' * apart}"
@@ -183,6 +189,12 @@ def _ours(device: torch.device, backends: Sequence[str]) -> list[gemm.Contestant
     """Contestants of these backends, what compiles last."""
     found = [who for who in gemm.contestants(device) if who.backend in backends]
     return sorted(found, key=lambda who: who.backend == "triton")
+
+
+def _is_humming_timed(who: gemm.Contestant, shape: gemm.Shape, m: int, plan: Plan) -> bool:
+    """Humming compiles for every shape and M: only the first model's, and the first tier's."""
+    mine = shape.names[0].startswith(plan.models[0].name) and m in plan.tiers[0].tokens
+    return who.backend == "humming" and mine
 
 
 def _subject(who: gemm.Contestant) -> str:

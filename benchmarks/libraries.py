@@ -6,6 +6,7 @@ import sys
 
 import torch
 
+from benchmarks import humming_peer
 from quant_kernels import cutlass_baseline, dispatch, native
 
 ALLOW_MISSING = "go on where a Hopper GPU has no libquant_cuda.so to run"
@@ -32,6 +33,7 @@ def require_cutlass(device: torch.device, allow_missing: bool = False) -> dict[s
         print(f"cutlass: {native.find('quant_cuda')}", flush=True)
         why = cutlass_baseline.why_unavailable()
         print(f"baseline: {why or native.find('quant_cutlass')}", flush=True)
+        print(f"humming: {humming_peer.why_unavailable(device) or 'installed'}", flush=True)
     for backend, reason in reasons.items():
         print(f"{backend} unavailable: {reason}", flush=True)
     if reasons and not allow_missing and dispatch.capability(device) == dispatch.HOPPER:

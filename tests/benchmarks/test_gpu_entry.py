@@ -371,3 +371,17 @@ def test_what_was_given_up_is_counted_and_not_listed(capsys):
     assert "| rope_append | 1 | 0 | 0 | 1 |" in said
     assert said[-2].endswith("x: Wrong: out: 3 of 9 elements are off")
     assert said[-1].startswith("  40 times: not run: gemm_w4a8 (cutlass)")
+
+
+def test_humming_is_timed_where_it_was_compiled(monkeypatch):
+    monkeypatch.setattr(gpu_plan.gemm.humming_peer, "why_unavailable", lambda device: None)
+    chosen = ["humming", "triton"]
+    timed, compiled = (
+        [item for item in make(False, CPU, chosen) if "humming" in item.key]
+        for make in (gpu_plan.measure_items, gpu_plan.compile_items)
+    )
+    assert {item.key for item in timed} == {f"gemm: {item.key}" for item in compiled}
+    model, tier = gpu_plan.PLAN.models[0], gpu_plan.PLAN.tiers[0]
+    assert len(timed) == len(model.linears) * len(tier.tokens) * len(gpu_plan.gemm.FORMATS)
+    assert all(item.about["names"][0].startswith(model.name) for item in timed)
+    assert not any("humming" in item.key for item in gpu_plan.measure_items(False, CPU, ["triton"]))
