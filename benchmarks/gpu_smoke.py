@@ -39,7 +39,7 @@ from benchmarks import checks  # noqa: E402
 from benchmarks.attention_trials import DECODE, PREFILL, SKIP, AttentionCase  # noqa: E402
 from benchmarks.checks import DTYPES  # noqa: E402
 from benchmarks.gemm_trials import GemmCase  # noqa: E402
-from benchmarks.libraries import MISSING, unavailable  # noqa: E402
+from benchmarks.libraries import need_cutlass  # noqa: E402
 from benchmarks.progress import regularly, write  # noqa: E402
 from benchmarks.timing import gpu_state, synchronizer, warm_up  # noqa: E402
 from benchmarks.trials import by_turns  # noqa: E402
@@ -228,10 +228,7 @@ def main() -> int:
         parser.add_argument(name, type=kind, help=argparse.SUPPRESS)
     args = parser.parse_args()
     device = torch.device("cuda", 0)
-    if not torch.cuda.is_available() or (reasons := unavailable(device)):
-        why = reasons["cutlass"] if torch.cuda.is_available() else "torch sees no GPU"
-        print(f"cutlass unavailable: {why}", flush=True)
-        return MISSING
+    need_cutlass(device)
     planned = items(device, cuda_gemm.multiprocessors(device), args.patience)
     if args.log:
         warm_up(device)

@@ -14,7 +14,9 @@ MISSING = 2  # exit code
 
 
 def unavailable(device: torch.device) -> dict[str, str]:
-    """Why the Hopper kernels are not in the tables; empty where they are."""
+    """Why the Hopper kernels cannot run; empty where they can."""
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return {"cutlass": "torch sees no GPU"}
     try:
         dispatch.choose(dispatch.CUTLASS_OPS[0], device, "cutlass")
     except dispatch.BackendUnavailable as error:
@@ -36,7 +38,16 @@ def require_cutlass(device: torch.device, allow_missing: bool = False) -> dict[s
         print(f"humming: {humming_peer.why_unavailable(device) or 'installed'}", flush=True)
     for backend, reason in reasons.items():
         print(f"{backend} unavailable: {reason}", flush=True)
+    if reasons and device.type == "cuda" and not torch.cuda.is_available():
+        sys.exit(MISSING)
     if reasons and not allow_missing and dispatch.capability(device) == dispatch.HOPPER:
         print("stopped; --allow-missing goes on without", flush=True)
         sys.exit(MISSING)
     return reasons
+
+
+def need_cutlass(device: torch.device) -> None:
+    """End the process with MISSING, and say why, where the Hopper kernels cannot run."""
+    for backend, reason in unavailable(device).items():
+        print(f"{backend} unavailable: {reason}", flush=True)
+        sys.exit(MISSING)

@@ -39,7 +39,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # also with nothing installed
 from benchmarks.checks import metric, poison  # noqa: E402
 from benchmarks.gemm import prepared, random_weight  # noqa: E402
 from benchmarks.gemm_trials import metric_bound  # noqa: E402
-from benchmarks.libraries import require_cutlass  # noqa: E402
+from benchmarks.libraries import need_cutlass  # noqa: E402
 from benchmarks.progress import regularly, write  # noqa: E402
 from benchmarks.shapes import MODELS  # noqa: E402
 from benchmarks.timing import (  # noqa: E402
@@ -204,7 +204,7 @@ def main() -> None:
     for name, kind in (("--log", Path), ("--deadline", float)):
         parser.add_argument(name, type=kind, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    require_cutlass(torch.device("cuda", torch.cuda.current_device()))
+    need_cutlass(torch.device("cuda"))
     device = torch.device("cuda", torch.cuda.current_device())
     sms = cuda_gemm.multiprocessors(device)
     wanted = cases(args.models, args.kinds, args.buckets)

@@ -143,9 +143,10 @@ def test_a_sink_leaves_out_all_but_its_page():
     assert bool((top - rest > case.skip_threshold + 2).all())
 
 
-def test_without_a_gpu_it_says_so_and_ends():
+@pytest.mark.parametrize("name", ["gpu_smoke.py", "gpu.py", "tune_cutlass.py"])
+def test_without_a_gpu_it_says_so_and_ends(name):
     done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "gpu_smoke.py")],
+        [sys.executable, str(ROOT / "benchmarks" / name)],
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
