@@ -223,6 +223,7 @@ def test_what_was_given_up_or_hung_is_named_in_the_tables():
 
 def test_a_hopper_gpu_without_the_library_stops_the_run(monkeypatch, capsys):
     gpu_0 = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(dispatch, "capability", lambda device: dispatch.HOPPER)
     monkeypatch.setattr(dispatch.cuda, "why_unavailable", lambda: "it has ABI 4, this needs 6")
     with pytest.raises(SystemExit) as stopped:
