@@ -49,14 +49,24 @@ int32_t word_at(const void* from) {
   return word;
 }
 
-// Prepared tokens: -X[m, G] in pairs of int16, or one int32 -8 X[m] with one scale an output.
-int64_t int8_token_bytes(const Gemm& g) { return g.per_channel ? 4 : 4 * g.pairs(); }
+// Prepared tokens: -X[m, G] in pairs of int16, or one int32 -8 X[m] with one scale an output. Where
+// there are few, these lie behind their x as [K / 4, tokens, 4]: one stream to fetch from the L2
+// cache, not one a token.
+bool are_few(const Gemm& g) { return g.m <= kStreamTokens; }
+int64_t int8_sum_bytes(const Gemm& g) { return g.per_channel ? 4 : 4 * g.pairs(); }
+int64_t int8_token_bytes(const Gemm& g) { return int8_sum_bytes(g) + (are_few(g) ? g.k : 0); }
+const uint8_t* int8_sums(const Gemm& g, const uint8_t* prepared) {
+  return prepared + (are_few(g) ? g.m * g.k : 0);
+}
 int64_t int8_most_tokens(const Gemm& g) { return (1 << 20) / (g.k + 4 * kBlock); }
 int64_t int8_scratch_bytes(const Gemm&) { return kBlock * kManyColumns; }
 
 void int8_prepare(const Gemm& g, int64_t token, uint8_t* prepared) {
   const int8_t* x = reinterpret_cast<const int8_t*>(g.x) + token * g.x_stride;
-  uint8_t* to = prepared + token * int8_token_bytes(g);
+  for (int64_t step = 0; step < g.k / 4 && are_few(g); ++step) {
+    std::memcpy(prepared + 4 * (step * g.m + token), x + 4 * step, 4);
+  }
+  uint8_t* to = prepared + (int8_sums(g, prepared) - prepared) + token * int8_sum_bytes(g);
   if (g.per_channel) {
     int32_t sum = 0;
     for (int64_t k = 0; k < g.k; ++k) sum += x[k];
@@ -80,7 +90,7 @@ int begin_sums(int left, const Gemm& g, const uint8_t* t, const uint8_t* prepare
   if constexpr (Tokens > 1) {
     if (left < Tokens) return begin_sums<Tokens - 1>(left, g, t, prepared, sums);
   }
-  const int64_t stride = int8_token_bytes(g);
+  const int64_t stride = int8_sum_bytes(g);
   for (int first = 0; first < kVectors; first += kTileVectors) {
     V sum[Tokens][kTileVectors];
     for (int m = 0; m < Tokens; ++m) {
@@ -190,6 +200,12 @@ int tiles(int left, const uint8_t* operands, int64_t steps, const int8_t* x, int
   return Tokens;
 }
 
+// Four columns of a token: `token` bytes to the next one's, `step` to its next four.
+struct Columns {
+  const uint8_t* at;
+  int64_t token, step;
+};
+
 // The scales of four columns' operands, of one group.
 struct Scales {
   V of[2 * kStreamVectors];
@@ -207,7 +223,7 @@ struct Scales {
 // in kStreams parts side by side, of which memory gives a sixth more a second than of one.
 template <int Tokens, bool Scaled>
 __attribute__((noinline)) void stream(const Gemm& g, const uint8_t* codes, const uint8_t* t,
-                                      const int8_t* x, int32_t* sums) {
+                                      Columns x, int32_t* sums) {
   constexpr int kWide = 2 * kStreamVectors;
   const V mask = splat(0x0F0F0F0F);
   // One scale an output: any part of K is a group.
@@ -237,7 +253,7 @@ __attribute__((noinline)) void stream(const Gemm& g, const uint8_t* codes, const
       for (int v = 0; v < kWide && Scaled; ++v) weight[v] = multiply16(weight[v], scales.of[v]);
 #pragma GCC unroll 8
       for (int m = 0; m < Tokens; ++m) {
-        const V some = splat(word_at(x + m * g.x_stride + 4 * step));
+        const V some = splat(word_at(x.at + m * x.token + step * x.step));
 #pragma GCC unroll 8
         for (int v = 0; v < kWide; ++v) dot8(sum[m][v], weight[v], some);
       }
@@ -269,7 +285,7 @@ __attribute__((noinline)) void stream(const Gemm& g, const uint8_t* codes, const
 }
 
 template <int Tokens>
-void streams(int tokens, const Gemm& g, const uint8_t* codes, const uint8_t* t, const int8_t* x,
+void streams(int tokens, const Gemm& g, const uint8_t* codes, const uint8_t* t, Columns x,
              int32_t* sums) {
   if constexpr (Tokens > 1) {
     if (tokens < Tokens) return streams<Tokens - 1>(tokens, g, codes, t, x, sums);
@@ -280,9 +296,9 @@ void streams(int tokens, const Gemm& g, const uint8_t* codes, const uint8_t* t, 
 
 void int8_begin(const Gemm& g, const uint8_t* t, int64_t first, int tokens, const uint8_t* prepared,
                 int32_t* sums) {
-  const int64_t bytes = int8_token_bytes(g);
+  const int64_t bytes = int8_sum_bytes(g);
   for (int m = 0; m < tokens;) {
-    const uint8_t* token = prepared + (first + m) * bytes;
+    const uint8_t* token = int8_sums(g, prepared) + (first + m) * bytes;
     if (g.per_channel) {
       const V sum = splat(word_at(token));
       for (int v = 0; v < kVectors; ++v) store(sums + m * kBlock + v * (kBytes / 4), sum);
@@ -314,7 +330,10 @@ void int8_block(const Gemm& g, int64_t block, int64_t next, int64_t first, int t
   const uint8_t* t = static_cast<const uint8_t*>(g.t) + block * g.pairs() * 2 * kBlock;
   if (next >= 0) fetch_beginnings(g, next);
   int8_begin(g, t, first, tokens, prepared, sums);
-  if (tokens <= kStreamTokens) return streams<kStreamTokens>(tokens, g, codes, t, x, sums);
+  if (tokens <= kStreamTokens) {  // of few, or the last ones of many
+    const Columns few = {prepared, 4, 4 * g.m}, last = {g.x + first * g.x_stride, g.x_stride, 4};
+    return streams<kStreamTokens>(tokens, g, codes, t, are_few(g) ? few : last, sums);
+  }
   const int64_t most = tokens < kManyTokens ? kColumns : kManyColumns;
   for (int64_t k = 0; k < g.k; k += most) {
     const int64_t columns = g.k - k < most ? g.k - k : most;
