@@ -20,7 +20,7 @@ constexpr int kStreamSums = 4;
 Sum zero() { return _mm256_setzero_ps(); }
 Sum operand(const Operand* from) { return _mm256_loadu_ps(from); }
 void store(Operand* to, Sum operands) { _mm256_storeu_ps(to, operands); }
-// As an instruction: GCC 12 loads a weight once for every token rather than once.
+// As an instruction: GCC 12 reads a weight from memory for every token, not once for all.
 void dot(Sum& sum, Sum a, Sum b) { asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b)); }
 float total(Sum sum) {
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1));

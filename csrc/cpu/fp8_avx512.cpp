@@ -32,7 +32,7 @@ Sum look_up(Words words, int j, Table table) {
 using Operand = float;
 using Table = __m512;
 constexpr int kColumnsAtOnce = 16;
-// As an instruction: GCC 12 loads a weight once for every token rather than once.
+// As an instruction: GCC 12 reads a weight from memory for every token, not once for all.
 void dot(Sum& sum, Sum a, Sum b) { asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b)); }
 Words words_at(const uint8_t* words, int part) {
   return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(words) + part));

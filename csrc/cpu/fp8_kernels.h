@@ -32,7 +32,7 @@ constexpr int kRowBytes = kSpan / 2;         // of codes, of a span
 constexpr int kParts = 32 / kColumnsAtOnce;  // vectors of their words
 constexpr int kColumns = 6 * kSpan;          // made together: 24 KiB of eight rows in FP32
 constexpr int kMostTokens = 96;              // whose columns and sums stay in the L2 cache
-constexpr int kStreamTokens = 2;             // tokens of more would not stay in the L1 cache
+constexpr int kStreamTokens = 2;             // what belongs to more leaves the L1 cache
 constexpr uint8_t kOne = 0x38;               // 1, as an E4M3 code
 constexpr int kAhead = 1024;                 // bytes of codes, fetched before their turn
 

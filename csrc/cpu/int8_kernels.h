@@ -55,9 +55,7 @@ int32_t word_at(const void* from) {
 bool are_few(const Gemm& g) { return g.m <= kStreamTokens; }
 int64_t int8_sum_bytes(const Gemm& g) { return g.per_channel ? 4 : 4 * g.pairs(); }
 int64_t int8_token_bytes(const Gemm& g) { return int8_sum_bytes(g) + (are_few(g) ? g.k : 0); }
-const uint8_t* int8_sums(const Gemm& g, const uint8_t* prepared) {
-  return prepared + (are_few(g) ? g.m * g.k : 0);
-}
+int64_t int8_x_bytes(const Gemm& g) { return are_few(g) ? g.m * g.k : 0; }
 int64_t int8_most_tokens(const Gemm& g) { return (1 << 20) / (g.k + 4 * kBlock); }
 int64_t int8_scratch_bytes(const Gemm&) { return kBlock * kManyColumns; }
 
@@ -66,7 +64,7 @@ void int8_prepare(const Gemm& g, int64_t token, uint8_t* prepared) {
   for (int64_t step = 0; step < g.k / 4 && are_few(g); ++step) {
     std::memcpy(prepared + 4 * (step * g.m + token), x + 4 * step, 4);
   }
-  uint8_t* to = prepared + (int8_sums(g, prepared) - prepared) + token * int8_sum_bytes(g);
+  uint8_t* to = prepared + int8_x_bytes(g) + token * int8_sum_bytes(g);
   if (g.per_channel) {
     int32_t sum = 0;
     for (int64_t k = 0; k < g.k; ++k) sum += x[k];
@@ -298,7 +296,7 @@ void int8_begin(const Gemm& g, const uint8_t* t, int64_t first, int tokens, cons
                 int32_t* sums) {
   const int64_t bytes = int8_sum_bytes(g);
   for (int m = 0; m < tokens;) {
-    const uint8_t* token = int8_sums(g, prepared) + (first + m) * bytes;
+    const uint8_t* token = prepared + int8_x_bytes(g) + (first + m) * bytes;
     if (g.per_channel) {
       const V sum = splat(word_at(token));
       for (int v = 0; v < kVectors; ++v) store(sums + m * kBlock + v * (kBytes / 4), sum);

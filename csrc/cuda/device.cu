@@ -119,7 +119,7 @@ int launch(const void* kernel, int blocks, int threads, int cluster, int shared_
   attributes[0].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
   attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[1].val.programmaticStreamSerializationAllowed = 1;
-  // Where results differ with and without, a kernel begins too early; where not, it is not that.
+  // To find out whether a wrong result is of a kernel that begins too early.
   static const bool dependent_launch = std::getenv("QUANT_CUDA_NO_PDL") == nullptr;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(blocks));

@@ -174,9 +174,8 @@ def _most_sums(sms: int, gemms: tuple[tuple[int, int], ...], largest: int) -> in
         for bucket in (bucket for bucket in BUCKETS if bucket <= largest):
             case = Case(kind, group, bucket, n, k, silu_mul)
             configs = [cuda_tuning.choose(case, bucket, sms)]
-            if (
-                bucket == BUCKETS[-1]
-            ):  # whose choice depends on the tokens, and not in one direction
+            if bucket == BUCKETS[-1]:
+                # Its choice depends on the tokens, and not in one direction.
                 configs += cuda_tuning.candidates(case, sms)
             most = max(most, *map(needed_bytes, configs))
     return most

@@ -234,15 +234,16 @@ def package() -> tuple[Any, Any]:
 
 def test_the_package_takes_these_arguments(package: tuple[Any, Any]):
     layer, heuristics = package
-    inspect.signature(layer).bind(
-        shape_n=N, shape_k=K, weight_config={}, input_config={}, torch_dtype=torch.bfloat16
-    )
-    inspect.signature(layer.load_from_tensors).bind(None, {})
-    inspect.signature(layer.transform).bind(None)
-    inspect.signature(layer.forward).bind(
-        None, None, outputs=None, input_scale=None, compute_config="", tuning_config=""
-    )
-    inspect.signature(heuristics).bind(None, shape_m=1, device=None, **humming_peer.COMPUTE)
+    wanted = {
+        layer: "shape_n shape_k weight_config input_config torch_dtype",
+        layer.load_from_tensors: "tensors",
+        layer.transform: "self",
+        layer.forward: "inputs outputs input_scale compute_config tuning_config",
+        heuristics: "shape_m device",
+    }
+    for function, names in wanted.items():
+        found = inspect.signature(function).parameters
+        assert set(names.split()) <= found.keys(), (function, list(found))
 
 
 @formats
