@@ -21,7 +21,6 @@
 // template of the standard library.
 #include <cstring>
 
-#include "epilogue.h"
 #include "gemm.h"
 
 namespace quant {
@@ -312,18 +311,7 @@ void fp8_multiply(const Gemm& g, const Blocks& blocks, int64_t first, int tokens
 
 // Evaluated by the compiler: nothing of this file may run where the machine lacks its instructions.
 constexpr Kernels fp8_kernels() noexcept {
-  return {1,
-          1,
-          fp8_most_tokens,
-          fp8_token_bytes,
-          fp8_scratch_bytes,
-          fp8_prepare,
-          fp8_multiply,
-          scale_sums<float>,
-          silu_mul,
-          load_row,
-          store_row,
-          add};
+  return {1, 1, fp8_most_tokens, fp8_token_bytes, fp8_scratch_bytes, fp8_prepare, fp8_multiply};
 }
 
 }  // namespace

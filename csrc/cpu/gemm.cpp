@@ -1,4 +1,4 @@
-// Y = X W^T (csrc/include/quant_cpu.h): checks, the split of the work, and the epilogue's order.
+// Y = X W^T (csrc/include/quant_cpu.h): checks, and the split of the work.
 //
 // An item of work is some blocks of 64 outputs, with silu_mul of the gate and what belongs to them
 // of up, and some tokens. Items are independent, and none sums over a part of K: results depend
@@ -25,6 +25,7 @@ int64_t ceil_div(int64_t value, int64_t by) { return (value + by - 1) / by; }
 struct Work {
   const Gemm& g;
   const Kernels& kernels;
+  const OpKernels& ops;
   int64_t outputs;     // of Y: N, or N / 2 with silu_mul
   int64_t together;    // blocks of outputs of an item
   int64_t range;       // tokens of an item
@@ -37,60 +38,6 @@ struct Work {
   int64_t ranges() const { return ceil_div(g.m, range); }
   int64_t sums() const { return g.silu_mul ? 2 * together + 1 : together; }
 };
-
-// c and bias of 64 rows from `row` on; zero beyond the last.
-struct Factors {
-  float c[kBlock] = {};
-  float bias[kBlock] = {};
-  bool has_bias;
-
-  Factors(const Work& work, int64_t row) : has_bias(work.g.bias != nullptr) {
-    const int count = static_cast<int>(std::min<int64_t>(kBlock, work.g.n - row));
-    std::memcpy(c, work.g.c + row, sizeof(float) * static_cast<size_t>(count));
-    if (has_bias) {
-      const int64_t size = work.g.bias_type == QUANT_CPU_FP32 ? 4 : 2;
-      const auto* from = static_cast<const uint8_t*>(work.g.bias) + row * size;
-      work.kernels.load(from, static_cast<int>(work.g.bias_type), count, bias);
-    }
-  }
-  const float* bias_or_null() const { return has_bias ? bias : nullptr; }
-};
-
-// Tokens [first, first + tokens) of the outputs that begin with `column`, from their sums.
-void finish(const Work& work, int64_t column, int64_t first, int tokens, const uint8_t* sums,
-            const uint8_t* up_sums) {
-  const Gemm& g = work.g;
-  const Factors factors(work, column);
-  const int64_t up_row = work.outputs + column;
-  const Factors up_factors(work, g.silu_mul ? up_row : column);
-  const int count = static_cast<int>(std::min<int64_t>(kBlock, work.outputs - column));
-  const int64_t out_size = g.out_type == QUANT_CPU_FP32 ? 4 : 2;
-  const int64_t residual_size = g.residual_type == QUANT_CPU_FP32 ? 4 : 2;
-  // Where up does not begin with a block, its 64 rows lie in two.
-  const int64_t shift = up_row % kBlock;
-  for (int m = 0; m < tokens; ++m) {
-    const int64_t token = first + m;
-    const float x_scale = g.x_scale[token * g.x_scale_stride];
-    alignas(64) float y[kBlock], other[kBlock] = {};
-    work.kernels.scale(sums + m * kSumBytes, x_scale, factors.c, factors.bias_or_null(), y);
-    if (g.silu_mul) {
-      alignas(64) uint8_t row[kSumBytes];
-      const uint8_t* from = up_sums + m * kSumBytes;
-      std::memcpy(row, from + 4 * shift, static_cast<size_t>(kSumBytes - 4 * shift));
-      std::memcpy(row + kSumBytes - 4 * shift, from + work.sums_bytes,
-                  static_cast<size_t>(4 * shift));
-      work.kernels.scale(row, x_scale, up_factors.c, up_factors.bias_or_null(), other);
-      work.kernels.silu_mul(y, other, y);
-    } else if (g.residual != nullptr) {
-      const auto* from = static_cast<const uint8_t*>(g.residual) +
-                         (token * g.residual_stride + column) * residual_size;
-      work.kernels.load(from, static_cast<int>(g.residual_type), count, other);
-      work.kernels.add(other, y);
-    }
-    auto* to = static_cast<uint8_t*>(g.out) + (token * g.out_stride + column) * out_size;
-    work.kernels.store(y, static_cast<int>(g.out_type), count, to);
-  }
-}
 
 void run_item(const Work& work, int64_t item, uint8_t* scratch) {
   const Gemm& g = work.g;
@@ -116,8 +63,8 @@ void run_item(const Work& work, int64_t item, uint8_t* scratch) {
     work.kernels.multiply(g, blocks, first, tokens, work.prepared, rest, sums, work.sums_bytes);
   }
   for (int64_t i = 0; i < end - begin; ++i) {
-    finish(work, (begin + i) * kBlock, first, tokens, sums + i * work.sums_bytes,
-           sums + (end - begin + i) * work.sums_bytes);
+    work.ops.finish_gemm(g, {(begin + i) * kBlock, first, tokens, sums + i * work.sums_bytes,
+                             sums + (end - begin + i) * work.sums_bytes, work.sums_bytes});
   }
 }
 
@@ -146,9 +93,10 @@ void divide(Work& work, int threads) {
 int run(const Gemm& g, int threads) {
   const bool int8 = g.numerics == QUANT_CPU_INT8;
   const Kernels* kernels = kernels_for(int8, g.per_channel || g.numerics == QUANT_CPU_LUT);
-  if (kernels == nullptr) return QUANT_CPU_ISA_UNAVAILABLE;
+  const OpKernels* ops = op_kernels();
+  if (kernels == nullptr || ops == nullptr) return QUANT_CPU_ISA_UNAVAILABLE;
   threads = std::max(threads, 1);
-  Work work = {g, *kernels, g.silu_mul ? g.n / 2 : g.n, 0, 0, 0, 0, nullptr};
+  Work work = {g, *kernels, *ops, g.silu_mul ? g.n / 2 : g.n, 0, 0, 0, 0, nullptr};
   divide(work, threads);
   const int64_t prepared_bytes = round_up(g.m, kTokensTogether) * kernels->token_bytes(g);
   const int64_t scratch_bytes =

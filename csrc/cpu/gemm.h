@@ -1,14 +1,14 @@
 // What the GEMM's driver (gemm.cpp) and its kernels agree on.
 //
 // A weight [N, K] is cut into blocks of 64 outputs. A kernel computes the sums of one block and
-// some tokens; the epilogue scales them, adds what is to be added, and rounds once. Every kernel
+// some tokens; the epilogue (epilogue_kernels.cpp) makes outputs of them. Every kernel
 // exists per instruction set, from the same templates, and is chosen at run time.
 #ifndef QUANT_GEMM_H_
 #define QUANT_GEMM_H_
 
 #include <cstdint>
 
-#include "quant_cpu.h"
+#include "kernels.h"
 
 namespace quant {
 
@@ -64,12 +64,6 @@ struct Kernels {
   // The sums [tokens, 64], INT32 or FP32, of every block, `apart` bytes from one to the next.
   void (*multiply)(const Gemm&, const Blocks&, int64_t first, int tokens, const uint8_t* prepared,
                    uint8_t* scratch, uint8_t* sums, int64_t apart);
-  // y[j] = sums[j] * x_scale * c[j] (+ bias[j]): the reference's order, one rounding each.
-  void (*scale)(const void* sums, float x_scale, const float* c, const float* bias, float* y);
-  void (*silu_mul)(const float* gate, const float* up, float* y);
-  void (*load)(const void* from, int type, int count, float* to);
-  void (*store)(const float* from, int type, int count, void* to);
-  void (*add)(const float* from, float* y);
 };
 
 extern const Kernels kInt8Portable, kFp32Portable;

@@ -3,8 +3,9 @@
 namespace quant {
 namespace QUANT_ISA {
 
-const OpKernels table = {quantize_token, rms_norm_token, silu_mul_token, rope_token,     attend,
-                         state_floats,   attend_span,    combine,        linear_prepare, linear};
+const OpKernels table = {quantize_token, rms_norm_token, silu_mul_token, rope_token,
+                         attend,         state_floats,   attend_span,    combine,
+                         linear_prepare, linear,         finish_gemm};
 
 }  // namespace QUANT_ISA
 }  // namespace quant

@@ -32,6 +32,15 @@ struct Tile {
   int64_t sequence, kv_head, first, count;
 };
 
+// Sums of a GEMM, INT32 or FP32 [tokens, 64], of the block of outputs that begins with `column`;
+// with silu_mul also those of the blocks that hold the same columns of up, `apart` bytes from one
+// to the next.
+struct BlockSums {
+  int64_t column, token, tokens;
+  const uint8_t *sums, *up;
+  int64_t apart;
+};
+
 struct OpKernels {
   // One row; scratch: `columns` floats.
   void (*quantize)(const QuantCpuTokens& call, int64_t row);
@@ -52,6 +61,8 @@ struct OpKernels {
   void (*linear_prepare)(const QuantCpuLinear& call, int64_t first, uint8_t* prepared);
   void (*linear)(const QuantCpuLinear& call, const LinearPart& part, const uint8_t* prepared,
                  uint8_t* scratch);
+  // A GEMM's sums to its outputs.
+  void (*finish_gemm)(const QuantCpuGemm& call, const BlockSums& part);
 };
 
 // Those of the instruction set in use (quant_cpu_isa); null where $QUANT_CPU_ISA names what the
@@ -72,6 +83,7 @@ void combine(const QuantCpuAttention& call, const Tile& tile, float* states, int
 void linear_prepare(const QuantCpuLinear& call, int64_t first, uint8_t* prepared);
 void linear(const QuantCpuLinear& call, const LinearPart& part, const uint8_t* prepared,
             uint8_t* scratch);
+void finish_gemm(const QuantCpuGemm& call, const BlockSums& part);
 extern const OpKernels table;
 }  // namespace QUANT_ISA
 #endif
