@@ -45,7 +45,7 @@ constexpr int kStreamVectors = kBytes == 64 ? 2 : 1;  // of codes, at once
 constexpr int kStreams = kBytes == 64 ? 2 : 1;        // with scales of their own in registers
 // Bytes of codes that are fetched before their turn. From 4096 on, which is another page, it costs
 // a fifth of the bandwidth (measured on a Xeon: 18 GB/s a core up to 3072, 15 beyond). Two to four
-// tokens gain 3 to 8% from more than one token wants, and 13% in registers of eight lanes.
+// tokens gain up to 8% from more than one token wants, and 13% with AVX-VNNI.
 constexpr int kAhead = 1024;
 constexpr int kFurtherAhead = 3072;
 
