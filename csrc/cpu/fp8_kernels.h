@@ -106,31 +106,56 @@ class Unpacking {
     }
   }
 
-  // 128 columns of eight rows, `row` numbers from one to the next, every vector `apart`.
-  void eight(int64_t eight, int64_t span, Operand* operands, int64_t row, int64_t apart) const {
+  // 128 columns of eight rows, `row` numbers from one to the next, every vector `apart`; as many
+  // codes are fetched `ahead`, and after row r, after(r) is done.
+  template <class After>
+  void eight(int64_t eight, int64_t span, Operand* operands, int64_t row, int64_t apart,
+             const uint8_t* ahead, const After& after) const {
     const uint8_t* words = codes(eight, span);
-    for (int r = 0; r < kRows; ++r, words += kRowBytes, operands += row) {
-      __builtin_prefetch(words + kAhead);
-      Levels found;
-      levels(eight, span, r, found);
+    const auto unpack = [&](int r, const auto& table) __attribute__((always_inline)) {
+      __builtin_prefetch(ahead + r * kRowBytes);
       for (int part = 0; part < kParts; ++part) {
-        const Words some = words_at(words, part);
+        const Words some = words_at(words + r * kRowBytes, part);
 #pragma GCC unroll 4
         for (int j = 0; j < 4; ++j) {
-          store(operands + (4 * part + j) * apart, look_up(some, j, found.table(j)));
+          store(operands + r * row + (4 * part + j) * apart, look_up(some, j, table(j)));
         }
       }
+      after(r);
+    };
+    if (const uint8_t* t = only_scales(eight, span)) {
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        const Table only = table_at(levels_of(t[r], Operand()));
+        unpack(r, [&](int) __attribute__((always_inline)) { return only; });
+      }
+      return;
+    }
+    for (int r = 0; r < kRows; ++r) {
+      Levels found;
+      levels(eight, span, r, found);
+      unpack(r, [&](int j) __attribute__((always_inline)) { return found.table(j); });
     }
   }
 
  private:
   static constexpr int kSpanShift = 7;
   static_assert(kSpan == 1 << kSpanShift, "columns of a span");
+  // Groups of `exact` have FP32 operands, and their own levels.
+  static constexpr bool kInTables = sizeof(Operand) == 2;
+
+  // The scales of eight rows where all of the span shares them and a table has their levels.
+  const uint8_t* only_scales(int64_t eight, int64_t span) const {
+    static constexpr uint8_t kOnes[kRows] = {kOne, kOne, kOne, kOne, kOne, kOne, kOne, kOne};
+    if (t_ == nullptr) return kOnes;
+    if (shift_ < kSpanShift || (exact_ && !kInTables)) return nullptr;
+    return static_cast<const uint8_t*>(t_) + (eight * groups_ + (span * kSpan >> shift_)) * kRows;
+  }
 
   // Of one group of one row of eight; `own` is room for those that no table holds.
   const Operand* of_group(int64_t group, int row, Operand (&own)[16]) const {
     if (t_ == nullptr) return levels_of(kOne, Operand());
-    if (!exact_) {
+    if (!exact_ || kInTables) {
       return levels_of(static_cast<const uint8_t*>(t_)[group * kRows + row], Operand());
     }
     const float scale = static_cast<const float*>(t_)[group * kRows + row];
@@ -261,7 +286,8 @@ void fp8_many(const Gemm& g, const Unpacking& unpacking, int64_t block, int64_t 
     for (int i = 0; i < kEights; ++i) {
       const int64_t eight = block * kEights + i;
       for (int64_t j = 0; j < spans; ++j) {
-        unpacking.eight(eight, span + j, operands + j * kSpan, spans * kSpan, kColumnsAtOnce);
+        unpacking.eight(eight, span + j, operands + j * kSpan, spans * kSpan, kColumnsAtOnce,
+                        unpacking.codes(eight, span + j) + kAhead, [](int) {});
       }
       // What is read next: eight more rows, more columns, or another block.
       Ahead ahead = {unpacking.codes(eight + 1, span), spans * kRows};

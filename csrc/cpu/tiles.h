@@ -10,7 +10,7 @@ namespace quant {
 namespace {
 
 // GCC's intrinsics do not say which memory they read: what was written before is there from here
-// on.
+// on, and nothing that is written after comes before.
 inline void written(const void* p) { asm volatile("" : : "r"(p) : "memory"); }
 
 // 16 rows of so many bytes for each of the tile registers, until _tile_release().
