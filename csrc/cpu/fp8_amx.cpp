@@ -1,17 +1,15 @@
 // FP8 with AMX: tiles of 16 outputs x 32 columns times 32 columns x 16 tokens, BF16, sums in FP32.
 //
-// Tokens are laid out in pairs of columns, [tokens / 16, K / 2, 16, 2], or as many as there are.
-// Every sum takes its pairs of columns in order, however many tokens there are: products of one
-// tile of sums follow each other every 16 clocks, as those of four do.
+// Tokens are laid out in pairs of columns, [tokens / 16, K / 2, 16, 2], or as many as there are. 32
+// outputs and up to 32 tokens are four tiles of sums, which stay in registers over all of K; every
+// sum takes its pairs of columns in order, however many tokens there are.
 //
-//   up to 16 tokens  32 rows at a time: their sums stay in two tiles over all of K
-//   more             two spans of 64 rows become operands, 32 KiB of the L1 cache, and all tokens
-//                    pass
-//
-// On a Xeon at 3.8 GHz a row's 64 bytes of codes take 7 clocks (four lookups on two ports each,
-// three shifts on one of them), their products 4, and 3 more go to loading tiles. One after the
-// other that is 14; with the products between the rows it is 10.5, and from memory 64 bytes take 9
-// to 10 where both cores read.
+// Operands are made anew for every 32 tokens, between the products: a core does both at once. On a
+// Xeon at 3.8 GHz a row's 64 bytes of codes take 7 clocks (four lookups of two instructions, three
+// shifts), their products with 16 tokens 4 to 5, and loading tiles 3. One after the other that is
+// 14, mixed 10.5; with 32 tokens 18, as tokens come from the L2 cache at two clocks a line.
+// Operands of many columns, made once for all tokens, left sums to load and store: half as fast for
+// 32 tokens, four fifths for 512.
 #define QUANT_BF16
 #define QUANT_AMX
 #include "fp8_avx512.cpp"
@@ -22,21 +20,19 @@ namespace quant {
 namespace {
 
 constexpr int kTogether = 16;  // tokens
-constexpr int kSpansTogether = 2;
-constexpr int kStep = 32;   // columns of a tile
-constexpr int kEights = 4;  // of half a block
+constexpr int kStep = 32;      // columns of a tile
+constexpr int kEights = 4;     // of half a block
 constexpr int64_t kTileSums = kBlock * kTogether;
-// Operands of a span, [64 rows, 128], and of parts of it.
-constexpr int64_t kSpanOperands = kBlock * kSpan;
-constexpr int64_t kHalfOperands = kSpanOperands / 2;
-constexpr int64_t kTileOperands = kSpanOperands / 4;
+// Operands of half a block and a span, [32 rows, 128].
 constexpr int64_t kRowOfOperands = sizeof(Operand) * kSpan;  // bytes
+constexpr int64_t kTileOperands = 16 * kSpan;
+constexpr int64_t kHalfOperands = 2 * kTileOperands;
 
 int tokens_together(const Gemm& g) { return g.m < kTogether ? static_cast<int>(g.m) : kTogether; }
 
-// 1.1 MiB of BF16 tokens where K is 4096, of an L2 cache of two.
-int64_t amx_most_tokens(const Gemm&) { return 144; }
-int64_t amx_scratch_bytes(const Gemm&) { return sizeof(Operand) * kSpanOperands * kSpansTogether; }
+// 768 KiB of BF16 tokens where K is 4096, of an L2 cache of two.
+int64_t amx_most_tokens(const Gemm&) { return 96; }
+int64_t amx_scratch_bytes(const Gemm&) { return sizeof(Operand) * 2 * kHalfOperands; }
 
 // 32 E4M3 codes -> BF16: the 128 positive values lie in four registers.
 inline __m512i look_up_values(const __m512i (&table)[4], const uint8_t* x, __mmask32 some) {
@@ -72,11 +68,12 @@ void amx_prepare(const Gemm& g, int64_t first, uint8_t* prepared) {
   }
 }
 
-// 32 rows and up to 16 tokens. Operands are made a span ahead of their use, and a step's products
-// come between the rows that are unpacked: a core then does both at once, where one after the other
-// fills its window of instructions.
-void multiply_few(const Unpacking& unpacking, int64_t first, int64_t spans, const Operand* x,
-                  int together, Operand* operands, float* sums) {
+// 32 rows and 16 tokens, or twice as many. Operands are made a span ahead of their use: a tile is
+// loaded from the cache, not from stores under way. Products that follow each other would fill the
+// core's window of instructions, so they are spread over the rows that are unpacked.
+template <bool Twice>
+void multiply_rows(const Unpacking& unpacking, int64_t first, int64_t spans, const Operand* x,
+                   int64_t x_apart, int together, Operand* operands, float* sums) {
   const auto operands_of = [&](int64_t span) { return operands + span % 2 * kHalfOperands; };
   const auto unpack = [&](int64_t span, int i, const auto& after) __attribute__((always_inline)) {
     const int64_t later = span + kAhead / (kRows * kRowBytes);
@@ -87,8 +84,7 @@ void multiply_few(const Unpacking& unpacking, int64_t first, int64_t spans, cons
                     after);
   };
   written(operands);  // not before what is there is read
-  _tile_zero(0);
-  _tile_zero(1);
+  zero_tiles();
   for (int i = 0; i < kEights; ++i) unpack(0, i, [](int) {});
   for (int64_t span = 0; span < spans; ++span) {
     const Operand* from = operands_of(span);
@@ -96,10 +92,13 @@ void multiply_few(const Unpacking& unpacking, int64_t first, int64_t spans, cons
       written(operands);
       const auto multiply = [&](int r) __attribute__((always_inline)) {
         if (r == 0) _tile_loadd(4, x, 4 * together);
-        if (r == 2) _tile_loadd(5, from, kRowOfOperands);
+        if (r == (Twice ? 1 : 2)) _tile_loadd(5, from, kRowOfOperands);
+        if (r == 2 && Twice) _tile_loadd(7, x + x_apart, 4 * together);
         if (r == 4) _tile_loadd(6, from + kTileOperands, kRowOfOperands);
-        if (r == 5) _tile_dpbf16ps(0, 5, 4);
-        if (r == 7) _tile_dpbf16ps(1, 6, 4);
+        if (r == (Twice ? 3 : 5)) _tile_dpbf16ps(0, 5, 4);
+        if (r == 5 && Twice) _tile_dpbf16ps(2, 5, 7);
+        if (r == (Twice ? 6 : 7)) _tile_dpbf16ps(1, 6, 4);
+        if (r == 7 && Twice) _tile_dpbf16ps(3, 6, 7);
       };
       if (span + 1 < spans) {
         unpack(span + 1, i, multiply);
@@ -110,32 +109,9 @@ void multiply_few(const Unpacking& unpacking, int64_t first, int64_t spans, cons
   }
   _tile_stored(0, sums, 64);
   _tile_stored(1, sums + 256, 64);
-}
-
-inline void multiply_step(const Operand* operands, const Operand* x, int together) {
-  _tile_loadd(4, x, 4 * together);
-  _tile_loadd(5, operands, kRowOfOperands);
-  _tile_dpbf16ps(0, 5, 4);
-  _tile_loadd(6, operands + kTileOperands, kRowOfOperands);
-  _tile_dpbf16ps(1, 6, 4);
-  _tile_loadd(7, operands + 2 * kTileOperands, kRowOfOperands);
-  _tile_dpbf16ps(2, 7, 4);
-  _tile_loadd(5, operands + 3 * kTileOperands, kRowOfOperands);
-  _tile_dpbf16ps(3, 5, 4);
-}
-
-// sums [64, 16 tokens] += operands x for all tokens, from nothing where `begin`.
-void multiply_spans(int tokens, int together, const Operand* operands, int64_t spans,
-                    const Operand* x, int64_t x_apart, bool begin, float* sums) {
-  for (int m = 0; m < tokens; m += kTogether, x += x_apart, sums += kTileSums) {
-    if (begin) zero_tiles();
-    if (!begin) load_tiles(sums, 256, 64);
-    for (int64_t step = 0; step < 4 * spans; ++step) {
-      multiply_step(operands + step / 4 * kSpanOperands + step % 4 * kStep,
-                    x + step * kStep * together, together);
-    }
-    store_tiles(sums, 256, 64);
-  }
+  if (!Twice) return;
+  _tile_stored(2, sums + kTileSums, 64);
+  _tile_stored(3, sums + kTileSums + 256, 64);
 }
 
 // [64, 16 tokens] -> [tokens, 64], in place.
@@ -157,29 +133,17 @@ void amx_multiply(const Gemm& g, const Blocks& blocks, int64_t first, int tokens
   const int64_t columns = g.spans() * kSpan;
   const Operand* x = reinterpret_cast<const Operand*>(prepared) + first * columns;
   const auto sums_of = [&](int i) { return reinterpret_cast<float*>(to + i * apart); };
-  // Sums, tokens and operands.
+  // Sums and tokens; operands are tiles 5 and 6.
   const auto bytes = static_cast<uint16_t>(4 * together);
-  configure_tiles({bytes, bytes, bytes, bytes, bytes, 64, 64, 64});
-  for (int i = 0; i < blocks.count && tokens <= kTogether; ++i) {
-    for (int half = 0; half < 2; ++half) {
-      multiply_few(unpacking, (2 * blocks.at[i] + half) * kEights, g.spans(), x, together, operands,
-                   sums_of(i) + half * kTileSums / 2);
-    }
-  }
-  for (int64_t span = 0; span < g.spans() && tokens > kTogether; span += kSpansTogether) {
-    const int64_t spans = g.spans() - span < kSpansTogether ? g.spans() - span : kSpansTogether;
-    for (int i = 0; i < blocks.count; ++i) {
-      written(operands);
-      for (int64_t j = 0; j < spans; ++j) {
-        for (int eight = 0; eight < 2 * kEights; ++eight) {
-          const int64_t at = 2 * blocks.at[i] * kEights + eight;
-          unpacking.eight(at, span + j, operands + j * kSpanOperands + eight * kRows * kSpan, kSpan,
-                          kStep, unpacking.codes(at, span + j) + kAhead, [](int) {});
-        }
+  configure_tiles({bytes, bytes, bytes, bytes, bytes, 64, 64, bytes});
+  for (int i = 0; i < blocks.count; ++i) {
+    for (int m = 0; m < tokens; m += 2 * kTogether) {
+      const auto multiply = m + kTogether < tokens ? multiply_rows<true> : multiply_rows<false>;
+      for (int half = 0; half < 2; ++half) {
+        multiply(unpacking, (2 * blocks.at[i] + half) * kEights, g.spans(), x + m * columns,
+                 kTogether * columns, together, operands,
+                 sums_of(i) + m * kBlock + half * kTileSums / 2);
       }
-      written(operands);
-      multiply_spans(tokens, together, operands, spans, x + span * kSpan * together,
-                     kTogether * columns, span == 0, sums_of(i));
     }
   }
   _tile_release();

@@ -6,7 +6,7 @@
 // operands is 16 steps of four columns as they lie, [steps, 64 outputs, 4].
 //
 //   up to 4 tokens   int8_kernels.h: memory is the limit, and registers need no detour
-//   up to 32 tokens  for every 16, sums stay in tiles over all of K; operands are made a step ahead
+//   up to 48 tokens  for every 16, sums stay in tiles over all of K; operands are made a step ahead
 //   more             kColumnsTogether columns become operands in the L1 cache, then all tokens
 //                    pass; blocks share the tokens' columns, which stay in the L2 cache meanwhile
 //
@@ -22,7 +22,7 @@ namespace quant {
 namespace {
 
 constexpr int kTile = 16;  // tokens
-constexpr int kFew = 32;
+constexpr int kFew = 48;
 constexpr int kStep = 64;  // columns
 constexpr int64_t kTileBytes = 1024;
 constexpr int64_t kStepBytes = kStep * kBlock;  // of operands
@@ -48,17 +48,12 @@ void amx_prepare(const Gemm& g, int64_t token, uint8_t* prepared) {
   }
 }
 
-// Columns [first, first + columns) of a block -> operands q t.
+// The scales of a group of a block's outputs, and 8 t: what the code 0 stands for.
 template <bool Scaled>
-inline void unpack_signed(const Gemm& g, const uint8_t* codes, const uint8_t* t, int64_t first,
-                          int64_t columns, uint8_t* operands) {
-  const V mask = splat(0x0F0F0F0F);
-  const int64_t end = first + columns < g.k ? first + columns : g.k;
-  codes += first / 4 * 2 * kBlock;
-  for (int64_t k = first; k < end;) {
-    V scale[4], zero[4];  // 8 t: what the code 0 stands for
-    const int64_t group = k / g.group_size;
-    const int64_t until = (group + 1) * g.group_size < end ? (group + 1) * g.group_size : end;
+struct GroupScales {
+  V scale[4], zero[4];
+
+  GroupScales(const uint8_t* t, int64_t group) {
 #pragma GCC unroll 4
     for (int v = 0; v < 4; ++v) {
       zero[v] = splat(0x08080808);
@@ -67,19 +62,38 @@ inline void unpack_signed(const Gemm& g, const uint8_t* codes, const uint8_t* t,
       scale[v] = group % 2 == 0 ? first_of_pair(pair) : second_of_pair(pair);
       zero[v] = multiply16(zero[v], scale[v]);
     }
-    for (; k < until; k += 4, codes += 2 * kBlock, operands += 4 * kBlock) {
+  }
+
+  // Four columns of 64 outputs -> operands q t.
+  void unpack(const uint8_t* codes, uint8_t* operands) const {
+    const V mask = splat(0x0F0F0F0F);
 #pragma GCC unroll 2
-      for (int i = 0; i < 2; ++i) {
-        __builtin_prefetch(codes + i * kBytes + kAhead);
-        const V bytes = load(codes + i * kBytes);
-        V low = and_bytes(bytes, mask), high = and_bytes(shift_nibble(bytes), mask);
-        if (Scaled) {
-          low = multiply16(low, scale[2 * i]);
-          high = multiply16(high, scale[2 * i + 1]);
-        }
-        store(operands + 2 * i * kBytes, _mm512_sub_epi8(low, zero[2 * i]));
-        store(operands + (2 * i + 1) * kBytes, _mm512_sub_epi8(high, zero[2 * i + 1]));
+    for (int i = 0; i < 2; ++i) {
+      __builtin_prefetch(codes + i * kBytes + kAhead);
+      const V bytes = load(codes + i * kBytes);
+      V low = and_bytes(bytes, mask), high = and_bytes(shift_nibble(bytes), mask);
+      if (Scaled) {
+        low = multiply16(low, scale[2 * i]);
+        high = multiply16(high, scale[2 * i + 1]);
       }
+      store(operands + 2 * i * kBytes, _mm512_sub_epi8(low, zero[2 * i]));
+      store(operands + (2 * i + 1) * kBytes, _mm512_sub_epi8(high, zero[2 * i + 1]));
+    }
+  }
+};
+
+// Columns [first, first + columns) of a block -> operands q t.
+template <bool Scaled>
+inline void unpack_signed(const Gemm& g, const uint8_t* codes, const uint8_t* t, int64_t first,
+                          int64_t columns, uint8_t* operands) {
+  const int64_t end = first + columns < g.k ? first + columns : g.k;
+  codes += first / 4 * 2 * kBlock;
+  for (int64_t k = first; k < end;) {
+    const int64_t group = k / g.group_size;
+    const int64_t until = (group + 1) * g.group_size < end ? (group + 1) * g.group_size : end;
+    const GroupScales<Scaled> scales(t, group);
+    for (; k < until; k += 4, codes += 2 * kBlock, operands += 4 * kBlock) {
+      scales.unpack(codes, operands);
     }
   }
   written(operands);
@@ -105,18 +119,41 @@ inline void multiply_step(const uint8_t* x, const uint8_t* operands) {
 
 // Two halves of K are read side by side: memory gives a sixth more than to one stream. Operands are
 // written a step ahead of their use: a tile is loaded from the cache, not from stores under way.
+// And the products come between the columns that are unpacked: a core then does both at once, where
+// one after the other fills its window of instructions.
+template <bool Scaled>
 void multiply_few(const Gemm& g, const uint8_t* codes, const uint8_t* t, const uint8_t* x,
                   uint8_t* operands, int32_t* sums) {
   const int64_t steps = padded(g) / kStep, half = (steps + 1) / 2;
   const auto step_of = [&](int64_t i) { return i / 2 + i % 2 * half; };
-  const auto unpack_step = [&](int64_t i) {
-    unpack_signed(g, codes, t, step_of(i) * kStep, kStep, operands + i % 2 * kStepBytes);
-  };
   zero_tiles();
-  unpack_step(0);
+  unpack_signed<Scaled>(g, codes, t, 0, kStep, operands);
   for (int64_t i = 0; i < steps; ++i) {
-    if (i + 1 < steps) unpack_step(i + 1);
-    multiply_step(x + step_of(i) * kTileBytes, operands + i % 2 * kStepBytes);
+    const uint8_t* token = x + step_of(i) * kTileBytes;
+    const uint8_t* from = operands + i % 2 * kStepBytes;
+    uint8_t* to = operands + (i + 1) % 2 * kStepBytes;
+    const int64_t next = step_of(i + 1) * kStep;
+    const bool last = i + 1 == steps;
+    if (last || next + kStep > g.k || g.group_size < kStep) {
+      if (!last) unpack_signed<Scaled>(g, codes, t, next, kStep, to);
+      multiply_step(token, from);
+      continue;
+    }
+    const GroupScales<Scaled> scales(t, next / g.group_size);
+#pragma GCC unroll 16
+    for (int k = 0; k < kStep; k += 4) {
+      scales.unpack(codes + (next + k) / 4 * 2 * kBlock, to + k * kBlock);
+      if (k == 0) _tile_loadd(4, token, kStep);
+      if (k == 4) _tile_loadd(5, from, 4 * kBlock);
+      if (k == 12) _tile_dpbssd(0, 4, 5);
+      if (k == 16) _tile_loadd(6, from + 64, 4 * kBlock);
+      if (k == 24) _tile_dpbssd(1, 4, 6);
+      if (k == 32) _tile_loadd(7, from + 128, 4 * kBlock);
+      if (k == 40) _tile_dpbssd(2, 4, 7);
+      if (k == 48) _tile_loadd(5, from + 192, 4 * kBlock);
+      if (k == 56) _tile_dpbssd(3, 4, 5);
+    }
+    written(operands);
   }
   store_tiles(sums, 16, 4 * kBlock);
 }
@@ -162,8 +199,9 @@ void amx_multiply(const Gemm& g, const Blocks& blocks, int64_t first, int tokens
   const uint8_t* x = prepared + first * padded(g);
   for (int i = 0; i < blocks.count && tokens <= kFew; ++i) {
     for (int m = 0; m < tokens; m += kTile) {
-      multiply_few(g, codes_of(blocks.at[i]), t_of(blocks.at[i]), x + m * padded(g), operands,
-                   sums_of(i) + m * kBlock);
+      const auto few = g.per_channel ? multiply_few<false> : multiply_few<true>;
+      few(g, codes_of(blocks.at[i]), t_of(blocks.at[i]), x + m * padded(g), operands,
+          sums_of(i) + m * kBlock);
     }
   }
   constexpr int64_t most = kColumnsTogether;
