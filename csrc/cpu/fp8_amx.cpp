@@ -30,8 +30,7 @@ constexpr int64_t kHalfOperands = 2 * kTileOperands;
 
 int tokens_together(const Gemm& g) { return g.m < kTogether ? static_cast<int>(g.m) : kTogether; }
 
-// 768 KiB of BF16 tokens where K is 4096, of an L2 cache of two.
-int64_t amx_most_tokens(const Gemm&) { return 96; }
+int64_t amx_most_tokens(const Gemm& g) { return tokens_in_cache(fp8_token_bytes(g)); }
 int64_t amx_scratch_bytes(const Gemm&) { return sizeof(Operand) * 2 * kHalfOperands; }
 
 // 32 E4M3 codes -> BF16: the 128 positive values lie in four registers.
@@ -159,6 +158,7 @@ constexpr Kernels amx_kernels() noexcept {
   Kernels kernels = fp8_kernels();
   kernels.blocks = 4;
   kernels.together = kTogether;
+  kernels.tile = 2 * kTogether;
   kernels.most_tokens = amx_most_tokens;
   kernels.scratch_bytes = amx_scratch_bytes;
   kernels.prepare = amx_prepare;

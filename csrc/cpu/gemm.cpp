@@ -72,19 +72,18 @@ void run_item(const Work& work, int64_t item, uint8_t* scratch) {
 // tokens.
 void divide(Work& work, int threads) {
   const int64_t m = work.g.m, blocks = work.output_blocks();
-  // Tiles of tokens divide 48.
-  constexpr int64_t kLeast = 48;
+  const int64_t tile = work.kernels.tile;
   work.together = 1;
   work.range = m;
-  if (m > kLeast) {
+  if (m > tile) {
     const int64_t most_blocks = work.kernels.blocks / (work.g.silu_mul ? 2 : 1);
     while (2 * work.together <= most_blocks && blocks / (2 * work.together) >= 4 * threads) {
       work.together *= 2;
     }
-    const int64_t wanted = std::min(ceil_div(4 * threads, work.groups()), ceil_div(m, kLeast));
-    const int64_t most = round_up(work.kernels.most_tokens(work.g), kLeast);
+    const int64_t wanted = std::min(ceil_div(4 * threads, work.groups()), ceil_div(m, tile));
+    const int64_t most = round_up(work.kernels.most_tokens(work.g), tile);
     const int64_t ranges = std::max(wanted, ceil_div(m, most));
-    work.range = round_up(ceil_div(m, ranges), kLeast);
+    work.range = round_up(ceil_div(m, ranges), tile);
   }
   work.item_count = work.groups() * work.ranges();
   work.sums_bytes = round_up(work.range, kTokensTogether) * kSumBytes;

@@ -55,6 +55,7 @@ struct Ahead {
 struct Kernels {
   int blocks;    // that an item of many tokens takes, at most four
   int together;  // tokens that `prepare` takes, the first of which is a multiple of it
+  int tile;      // tokens that a range is a multiple of
   // Tokens that share unpacked weights, at most: what belongs to them stays in the L2 cache.
   int64_t (*most_tokens)(const Gemm&);
   // Bytes that `prepare` writes for a token, and scratch bytes of a thread.

@@ -369,8 +369,14 @@ void int8_multiply(const Gemm& g, const Blocks& blocks, int64_t first, int token
 
 // Evaluated by the compiler: nothing of this file may run where the machine lacks its instructions.
 constexpr Kernels int8_kernels() noexcept {
-  return {
-      1, 1, int8_most_tokens, int8_token_bytes, int8_scratch_bytes, int8_prepare, int8_multiply};
+  return {1,
+          1,
+          48,
+          int8_most_tokens,
+          int8_token_bytes,
+          int8_scratch_bytes,
+          int8_prepare,
+          int8_multiply};
 }
 
 }  // namespace

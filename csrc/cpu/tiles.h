@@ -25,6 +25,14 @@ inline void configure_tiles(const uint16_t (&bytes)[8] = {64, 64, 64, 64, 64, 64
   _tile_loadconfig(&config);
 }
 
+// Tokens, in pairs of tiles, that fill 1 MiB of an L2 cache of two. More than 128 gain nothing.
+inline int64_t tokens_in_cache(int64_t token_bytes) {
+  constexpr int64_t kPair = 32, kMost = 128;
+  if (token_bytes << 7 <= 1 << 20) return kMost;
+  const int64_t fit = (1 << 20) / token_bytes / kPair * kPair;
+  return fit < kPair ? kPair : fit;
+}
+
 inline void zero_tiles() {
   _tile_zero(0);
   _tile_zero(1);
@@ -33,14 +41,6 @@ inline void zero_tiles() {
 }
 
 // Tiles lie `apart` numbers apart, their rows `row` bytes.
-template <class T>
-inline void load_tiles(const T* sums, int64_t apart, int64_t row) {
-  _tile_loadd(0, sums, row);
-  _tile_loadd(1, sums + apart, row);
-  _tile_loadd(2, sums + 2 * apart, row);
-  _tile_loadd(3, sums + 3 * apart, row);
-}
-
 template <class T>
 inline void store_tiles(T* sums, int64_t apart, int64_t row) {
   _tile_stored(0, sums, row);
