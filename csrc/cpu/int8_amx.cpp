@@ -60,7 +60,6 @@ struct GroupScales {
     const V mask = splat(0x0F0F0F0F);
 #pragma GCC unroll 2
     for (int i = 0; i < Lines; ++i) {
-      if (Lines == 2) __builtin_prefetch(codes + i * kBytes + kAhead);
       const V bytes = load(codes + i * kBytes);
       V low = and_bytes(bytes, mask), high = and_bytes(shift_nibble(bytes), mask);
       if (Scaled) {
@@ -80,9 +79,9 @@ struct GroupScales {
 // instructions, so they are spread over the columns that are unpacked.
 template <bool Scaled, int Lines>
 void multiply_rows(const Gemm& g, const uint8_t* codes, const uint8_t* t, int line,
-                   const uint8_t* x, int32_t* sums) {
+                   const uint8_t* x, uint8_t* operands, int32_t* sums) {
   constexpr int64_t kRow = 2 * Lines * kBytes;  // of operands: four columns
-  alignas(64) uint8_t operands[2][kStep / 4 * kRow];
+  const auto operands_of = [&](int64_t step) { return operands + step % 2 * (kStep / 4 * kRow); };
   const int64_t steps = padded(g) / kStep, half = (steps + 1) / 2;
   const auto column_of = [&](int64_t step) { return (step / 2 + step % 2 * half) * kStep; };
   const auto scales_of = [&](int64_t column) {
@@ -94,13 +93,14 @@ void multiply_rows(const Gemm& g, const uint8_t* codes, const uint8_t* t, int li
       scales_of(k).unpack(codes_of(k) + line * kBytes, to);
     }
   };
+  written(operands);  // not before what is there is read
   zero_tiles();
-  unpack(0, operands[0]);
+  unpack(0, operands);
   written(operands);
   for (int64_t step = 0; step < steps; ++step) {
     const uint8_t* token = x + column_of(step) * kTile;
-    const uint8_t* from = operands[step % 2];
-    uint8_t* to = operands[(step + 1) % 2];
+    const uint8_t* from = operands_of(step);
+    uint8_t* to = operands_of(step + 1);
     const auto multiply = [&](int64_t k) __attribute__((always_inline)) {
       if (k == 0) _tile_loadd(4, token, kStep);
       if (Lines == 2) {
@@ -131,11 +131,11 @@ void multiply_rows(const Gemm& g, const uint8_t* codes, const uint8_t* t, int li
 #pragma GCC unroll 16
       for (int64_t k = 0; k < kStep; k += 4) {
         if (k == kStep / 2 && g.group_size < kStep) scales = scales_of(next + k);
+        scales.unpack(codes_of(next + k) + line * kBytes, to + k / 4 * kRow);
         if (line == 0) {  // both lines, of which the other is read soon
           __builtin_prefetch(codes_of(next + k) + kAhead);
           __builtin_prefetch(codes_of(next + k) + kAhead + kBytes);
         }
-        scales.unpack(codes_of(next + k) + line * kBytes, to + k / 4 * kRow);
         multiply(k);
       }
     }
@@ -150,16 +150,17 @@ void multiply_rows(const Gemm& g, const uint8_t* codes, const uint8_t* t, int li
 }
 
 template <bool Scaled>
-void multiply_block(const Gemm& g, int64_t block, int tokens, const uint8_t* x, int32_t* sums) {
+void multiply_block(const Gemm& g, int64_t block, int tokens, const uint8_t* x, uint8_t* operands,
+                    int32_t* sums) {
   const uint8_t* codes = g.codes + block * (g.k / 4) * 2 * kBlock;
   const uint8_t* t = static_cast<const uint8_t*>(g.t) + block * g.pairs() * 2 * kBlock;
   for (int m = 0; m < tokens; m += 2 * kTile, x += 2 * kTile * padded(g)) {
     if (m + kTile >= tokens) {
-      multiply_rows<Scaled, 2>(g, codes, t, 0, x, sums + m * kBlock);
+      multiply_rows<Scaled, 2>(g, codes, t, 0, x, operands, sums + m * kBlock);
       continue;
     }
     for (int line = 0; line < 2; ++line) {
-      multiply_rows<Scaled, 1>(g, codes, t, line, x, sums + m * kBlock);
+      multiply_rows<Scaled, 1>(g, codes, t, line, x, operands, sums + m * kBlock);
     }
   }
 }
@@ -173,7 +174,7 @@ void amx_multiply(const Gemm& g, const Blocks& blocks, int64_t first, int tokens
   configure_tiles();
   const auto multiply = g.per_channel ? multiply_block<false> : multiply_block<true>;
   for (int i = 0; i < blocks.count; ++i) {
-    multiply(g, blocks.at[i], tokens, prepared + first * padded(g),
+    multiply(g, blocks.at[i], tokens, prepared + first * padded(g), scratch,
              reinterpret_cast<int32_t*>(sums + i * apart));
   }
   _tile_release();
