@@ -21,8 +21,8 @@ __all__ = ["isa"]  # every test runs once an instruction set
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="libquant_cpu.so was not built")
 
-# 600 tokens are three ranges; 18 blocks of outputs are items of four, the last of two. 832 columns
-# are two steps of 384 and one of 64, or three of 256 and half a span; 648 end within a tile.
+# 600 tokens are three ranges, with AMX five; 18 blocks of outputs are items of four and one of two.
+# 832 columns are three steps of 256 and one of 64, or six spans and a half; 648 end within a tile.
 TOKENS, ROWS = 600, 1096
 KINDS = [INT8_FORMATS[0], INT8_FORMATS[-1], FORMATS[1], FORMATS[3]]
 
@@ -51,6 +51,17 @@ def test_many_tokens_and_blocks_are_the_reference(fmt):
         part = (tokens[0][some], tokens[1][some])
         alone = multiply(part, weight, bias=bias, residual=residual[some])
         assert torch.equal(alone, whole[some]), some
+
+
+@pytest.mark.parametrize("fmt", KINDS, ids=str)
+def test_long_tokens_are_few_to_a_range(fmt):
+    """The L2 cache holds 63 of them, or 31 in BF16: with AMX a range has 32."""
+    tokens, k = 70, 16512
+    weight, x = make_weight(72, k, fmt), make_tokens(tokens, k, fmt)
+    whole = multiply(x, weight)
+    assert_close(whole, reference.gemm(*x, weight, None, torch.float32), bound(x, weight))
+    for some in (slice(31, 33), slice(64, 70)):
+        assert torch.equal(multiply((x[0][some], x[1][some]), weight), whole[some]), some
 
 
 @pytest.mark.parametrize("rows", [1152, 1096], ids=["whole blocks", "up begins within a block"])
