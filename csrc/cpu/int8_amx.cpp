@@ -27,6 +27,7 @@ int64_t tokens_bytes(const Gemm& g) { return (g.m + kTile - 1) / kTile * kTile *
 
 // Tokens as tiles, and behind them what int8_kernels.h prepares for few tokens.
 int64_t amx_token_bytes(const Gemm& g) { return padded(g) + int8_token_bytes(g); }
+int64_t amx_scratch_bytes(const Gemm&) { return 2 * kStep * kBlock; }
 int64_t amx_most_tokens(const Gemm& g) { return tokens_in_cache(padded(g)); }
 
 void amx_prepare(const Gemm& g, int64_t token, uint8_t* prepared) {
@@ -186,6 +187,7 @@ constexpr Kernels amx_kernels() noexcept {
   kernels.blocks = 4;
   kernels.tile = 2 * kTile;
   kernels.most_tokens = amx_most_tokens;
+  kernels.scratch_bytes = amx_scratch_bytes;
   kernels.token_bytes = amx_token_bytes;
   kernels.prepare = amx_prepare;
   kernels.multiply = amx_multiply;
