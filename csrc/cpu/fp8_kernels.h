@@ -337,7 +337,8 @@ void fp8_multiply(const Gemm& g, const Blocks& blocks, int64_t first, int tokens
 
 // Evaluated by the compiler: nothing of this file may run where the machine lacks its instructions.
 constexpr Kernels fp8_kernels() noexcept {
-  return {1, 1, 48, fp8_most_tokens, fp8_token_bytes, fp8_scratch_bytes, fp8_prepare, fp8_multiply};
+  return {1,           1,           kRange, fp8_most_tokens, fp8_token_bytes, fp8_scratch_bytes,
+          fp8_prepare, fp8_multiply};
 }
 
 }  // namespace

@@ -16,6 +16,7 @@ constexpr int kBlock = 64;
 constexpr int kMostBlocks = 5;  // of an item: four, or two of the gate and three that hold up
 constexpr int kFp8Rows = 8;     // unpacked together over all of K
 constexpr int kSpan = 128;
+constexpr int kRange = 48;  // tokens: tiles of one to four, six and eight divide it
 
 // group_size: K where there is one scale an output.
 struct Gemm : QuantCpuGemm {

@@ -187,8 +187,8 @@ constexpr Kernels amx_kernels() noexcept {
   kernels.blocks = 4;
   kernels.tile = 2 * kTile;
   kernels.most_tokens = amx_most_tokens;
-  kernels.scratch_bytes = amx_scratch_bytes;
   kernels.token_bytes = amx_token_bytes;
+  kernels.scratch_bytes = amx_scratch_bytes;
   kernels.prepare = amx_prepare;
   kernels.multiply = amx_multiply;
   return kernels;

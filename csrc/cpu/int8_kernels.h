@@ -371,7 +371,7 @@ void int8_multiply(const Gemm& g, const Blocks& blocks, int64_t first, int token
 constexpr Kernels int8_kernels() noexcept {
   return {1,
           1,
-          48,
+          kRange,
           int8_most_tokens,
           int8_token_bytes,
           int8_scratch_bytes,
