@@ -75,8 +75,8 @@ class Probes:
             self._library = ctypes.CDLL(str(library))
         self._library.probe_read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
         self._library.probe_read.restype = ctypes.c_double
-        self._library.probe_vnni.argtypes = [ctypes.c_int64, ctypes.c_int]
-        self._library.probe_vnni.restype = ctypes.c_double
+        self._library.probe_products.argtypes = [ctypes.c_int64, ctypes.c_int]
+        self._library.probe_products.restype = ctypes.c_double
         self._memory = cpu.empty_bytes(max(2**30, 2 * cache_bytes())).fill_(1)
         self._windows = itertools.cycle(range(len(self._memory) // PROBED_BYTES))
         self._threads = threads
@@ -86,7 +86,7 @@ class Probes:
         return float(self._library.probe_read(start, PROBED_BYTES, self._threads))
 
     def operations(self) -> float:
-        return float(self._library.probe_vnni(PROBED_STEPS, self._threads))
+        return float(self._library.probe_products(PROBED_STEPS, self._threads))
 
 
 def cache_bytes() -> int:

@@ -8,15 +8,14 @@ namespace {
 
 using V = __m256i;
 constexpr int kBytes = 32;
+constexpr int kTileTokens = 6;
 constexpr int kTileVectors = 2;
-constexpr int kManyColumns = 256;
 
 V load(const void* from) { return _mm256_loadu_si256(static_cast<const V*>(from)); }
 void store(void* to, V v) { _mm256_storeu_si256(static_cast<V*>(to), v); }
 V splat(int32_t word) { return _mm256_set1_epi32(word); }
 V and_bytes(V a, V b) { return _mm256_and_si256(a, b); }
 V shift_nibble(V a) { return _mm256_srli_epi16(a, 4); }
-V multiply16(V a, V b) { return _mm256_mullo_epi16(a, b); }
 V times8(V a) { return _mm256_slli_epi32(a, 3); }
 V widen(const void* from) {
   return _mm256_cvtepu8_epi16(_mm_loadu_si128(static_cast<const __m128i*>(from)));
@@ -30,25 +29,26 @@ V second_of_pair(V a) {
 }
 void dot16(V& sum, V a, V b) { sum = _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
 #ifdef QUANT_VNNI
-constexpr int kTileTokens = 6;
+constexpr int kManyColumns = 256;
+V multiply16(V a, V b) { return _mm256_mullo_epi16(a, b); }
 void dot8(V& sum, V bytes, V x) {
   asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(bytes), "x"(x));
 }
 #else
-// vpmaddubsw would saturate: even and odd bytes are multiplied as 16-bit numbers.
-constexpr int kTileTokens = 4;
-void dot8(V& sum, V bytes, V x) {
-  const V even = _mm256_madd_epi16(_mm256_and_si256(bytes, splat(0x00FF00FF)),
-                                   _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8));
-  const V odd = _mm256_madd_epi16(_mm256_srli_epi16(bytes, 8), _mm256_srai_epi16(x, 8));
-  sum = _mm256_add_epi32(sum, _mm256_add_epi32(even, odd));
+// As an instruction: GCC 12 moves the sums of the intrinsic to the stack and back.
+void add_pairs(V& part, V bytes, V x) {
+  asm("vpaddw %1, %0, %0" : "+x"(part) : "x"(_mm256_maddubs_epi16(bytes, x)));
 }
 #endif
 
 }  // namespace
 }  // namespace quant
 
+#ifdef QUANT_VNNI
 #include "int8_kernels.h"
+#else
+#include "int8_parts.h"
+#endif
 
 namespace quant {
 #ifdef QUANT_VNNI

@@ -1,17 +1,9 @@
-// The INT8 kernel of a block, for any vector: y[m, n] = sum_k x[m, k] q[n, k] t[n, k / g].
+// The INT8 kernel of a block with dot products of four bytes (vpdpbusd); sums begin as in
+// int8_sums.h. The products b t fit eight bits, so that one INT32 sum runs over all of K:
 //
-// The dot product of four bytes (vpdpbusd) wants one factor unsigned. With b = q + 8 in 0..15 and t
-// in 1..16 the products b t fit eight bits, so that one INT32 sum runs over all of K:
+//   sum_k x q t = sum_k x (b t) - 8 sum_G t[n, G] X[m, G]
 //
-//   sum_k x q t = sum_k x (b t) - 8 sum_G t[n, G] X[m, G],     X[m, G] = sum of x over group G
-//
-// The second term is what the sums begin with. |X| <= 128 * 128 fits 16 bits: two groups are one
-// step of a 16-bit dot product. INT32 wraps, so only the result has to fit.
-//
-// A lane is an output, its four bytes are four consecutive k. Two bytes of b times t are one 16-bit
-// product, since neither exceeds 240. A step of four k has its 128 bytes of codes in the order
-//   byte 64 h + 4 o + i:  low nibble b[32 h + o, k + i], high nibble b[32 h + 16 + o, k + i]
-// and t comes in pairs of groups: t [pairs, 64, 2] uint8.
+// Two bytes of b times t are one 16-bit product, since neither exceeds 240.
 //
 // For few tokens, codes become operands in registers (`stream`); for more, in scratch memory, some
 // columns at a time (`tile`).
@@ -21,101 +13,22 @@
 // outputs over 512 columns. A step's operands cost 8 clocks (16 tokens) to 17 (64), where their ten
 // instructions on two ports would take 5.
 //
-// An instruction set gives, before it includes this file and in a namespace without a name:
-// V, kBytes, kTileTokens, kTileVectors, kManyColumns, load, store, splat,
-// and_bytes, shift_nibble, multiply16, dot8, dot16, widen, first_of_pair, second_of_pair, times8.
-// Nothing here may call a function
-// template of the standard library: the linker would share it with code for older machines.
-#include <cstring>
-
-#include "gemm.h"
+// An instruction set gives, beside what int8_sums.h wants: kManyColumns, and_bytes, shift_nibble,
+// multiply16, dot8.
+#include "int8_sums.h"
 
 namespace quant {
 namespace {
 
-constexpr int kVectors = 4 * kBlock / kBytes;  // of a block
-constexpr int kHalf = 64 / kBytes;             // of 16 outputs
 // Columns that are unpacked together: for the L1 cache, since writing operands elsewhere costs more
 // than it saves; for many tokens all that the L2 cache takes, so that sums stay in registers
 // longer.
 constexpr int kColumns = 256;
 constexpr int kManyTokens = 96;
-constexpr int kStreamTokens = 4;
 constexpr int kStreamVectors = kBytes == 64 ? 2 : 1;  // of codes, at once
 constexpr int kStreams = kBytes == 64 ? 2 : 1;        // with scales of their own in registers
-// Bytes of codes that are fetched before their turn. From 4096 on, which is another page, it costs
-// a fifth of the bandwidth (measured on a Xeon: 18 GB/s a core up to 3072, 15 beyond). Two to four
-// tokens gain up to 8% from more than one token wants, and 13% with AVX-VNNI.
-constexpr int kAhead = 1024;
-constexpr int kFurtherAhead = 3072;
 
-int32_t word_at(const void* from) {
-  int32_t word;
-  std::memcpy(&word, from, sizeof word);
-  return word;
-}
-
-// Prepared tokens: -X[m, G] in pairs of int16, or one int32 -8 X[m] with one scale an output. Where
-// there are few, these lie behind their x as [K / 4, tokens, 4]: one stream to fetch from the L2
-// cache, not one a token.
-bool are_few(const Gemm& g) { return g.m <= kStreamTokens; }
-int64_t int8_sum_bytes(const Gemm& g) { return g.per_channel ? 4 : 4 * g.pairs(); }
-int64_t int8_token_bytes(const Gemm& g) { return int8_sum_bytes(g) + (are_few(g) ? g.k : 0); }
-int64_t int8_x_bytes(const Gemm& g) { return are_few(g) ? g.m * g.k : 0; }
-int64_t int8_most_tokens(const Gemm& g) { return (1 << 20) / (g.k + 4 * kBlock); }
 int64_t int8_scratch_bytes(const Gemm&) { return kBlock * kManyColumns; }
-
-void int8_prepare(const Gemm& g, int64_t token, uint8_t* prepared) {
-  const int8_t* x = reinterpret_cast<const int8_t*>(g.x) + token * g.x_stride;
-  for (int64_t step = 0; step < g.k / 4 && are_few(g); ++step) {
-    std::memcpy(prepared + 4 * (step * g.m + token), x + 4 * step, 4);
-  }
-  uint8_t* to = prepared + int8_x_bytes(g) + token * int8_sum_bytes(g);
-  if (g.per_channel) {
-    int32_t sum = 0;
-    for (int64_t k = 0; k < g.k; ++k) sum += x[k];
-    sum *= -8;
-    std::memcpy(to, &sum, 4);
-    return;
-  }
-  for (int64_t group = 0; group < 2 * g.pairs(); ++group) {
-    int32_t sum = 0;
-    if (group < g.groups()) {
-      for (int64_t k = 0; k < g.group_size; ++k) sum += x[group * g.group_size + k];
-    }
-    const int16_t negative = static_cast<int16_t>(-sum);
-    std::memcpy(to + 2 * group, &negative, 2);
-  }
-}
-
-// sums[m, :] = -8 sum_G t X for as many tokens as a tile takes; returns their number.
-template <int Tokens>
-int begin_sums(int left, const Gemm& g, const uint8_t* t, const uint8_t* prepared, int32_t* sums) {
-  if constexpr (Tokens > 1) {
-    if (left < Tokens) return begin_sums<Tokens - 1>(left, g, t, prepared, sums);
-  }
-  const int64_t stride = int8_sum_bytes(g);
-  for (int first = 0; first < kVectors; first += kTileVectors) {
-    V sum[Tokens][kTileVectors];
-    for (int m = 0; m < Tokens; ++m) {
-      for (int v = 0; v < kTileVectors; ++v) sum[m][v] = splat(0);
-    }
-    for (int64_t pair = 0; pair < g.pairs(); ++pair) {
-      for (int v = 0; v < kTileVectors; ++v) {
-        const V scale = widen(t + pair * 2 * kBlock + (first + v) * (kBytes / 2));
-        for (int m = 0; m < Tokens; ++m) {
-          dot16(sum[m][v], scale, splat(word_at(prepared + m * stride + 4 * pair)));
-        }
-      }
-    }
-    for (int m = 0; m < Tokens; ++m) {
-      for (int v = 0; v < kTileVectors; ++v) {
-        store(sums + m * kBlock + (first + v) * (kBytes / 4), times8(sum[m][v]));
-      }
-    }
-  }
-  return Tokens;
-}
 
 // codes [steps, 128] -> operands b t [steps, 64, 4]; Scaled: times t of the steps' group.
 template <bool Scaled>
@@ -123,10 +36,7 @@ void unpack_group(const uint8_t* codes, int64_t steps, const uint8_t* t, int64_t
                   uint8_t* operands) {
   const V mask = splat(0x0F0F0F0F);
   V scale[kVectors];
-  for (int v = 0; v < kVectors && Scaled; ++v) {
-    const V pair = widen(t + group / 2 * 2 * kBlock + v * (kBytes / 2));
-    scale[v] = group % 2 == 0 ? first_of_pair(pair) : second_of_pair(pair);
-  }
+  for (int v = 0; v < kVectors && Scaled; ++v) scale[v] = scale_of(t, group, v);
   for (int64_t step = 0; step < steps; ++step) {
 #pragma GCC unroll 8
     for (int i = 0; i < kVectors / 2; ++i) {
@@ -204,12 +114,6 @@ int tiles(int left, const uint8_t* operands, int64_t steps, const int8_t* x, int
   return Tokens;
 }
 
-// Four columns of a token: `token` bytes to the next one's, `step` to its next four.
-struct Columns {
-  const uint8_t* at;
-  int64_t token, step;
-};
-
 // The scales of four columns' operands, of one group.
 struct Scales {
   V of[2 * kStreamVectors];
@@ -217,8 +121,7 @@ struct Scales {
   void load_group(const uint8_t* t, int64_t group, int low) {
 #pragma GCC unroll 8
     for (int v = 0; v < 2 * kStreamVectors; ++v) {
-      const V pair = widen(t + group / 2 * 2 * kBlock + (low + kHalf * v) * (kBytes / 2));
-      of[v] = group % 2 == 0 ? first_of_pair(pair) : second_of_pair(pair);
+      of[v] = scale_of(t, group, low + kHalf * v);
     }
   }
 };
@@ -299,21 +202,6 @@ void streams(int tokens, const Gemm& g, const uint8_t* codes, const uint8_t* t, 
   stream<Tokens, true>(g, codes, t, x, sums);
 }
 
-void int8_begin(const Gemm& g, const uint8_t* t, int64_t first, int tokens, const uint8_t* prepared,
-                int32_t* sums) {
-  const int64_t bytes = int8_sum_bytes(g);
-  for (int m = 0; m < tokens;) {
-    const uint8_t* token = prepared + int8_x_bytes(g) + (first + m) * bytes;
-    if (g.per_channel) {
-      const V sum = splat(word_at(token));
-      for (int v = 0; v < kVectors; ++v) store(sums + m * kBlock + v * (kBytes / 4), sum);
-      ++m;
-    } else {
-      m += begin_sums<kTileTokens>(tokens - m, g, t, token, sums + m * kBlock);
-    }
-  }
-}
-
 // Where the next block's scales and later parts of K begin, nothing comes before that would have
 // fetched them.
 void fetch_beginnings(const Gemm& g, int64_t next) {
@@ -336,8 +224,7 @@ void int8_block(const Gemm& g, int64_t block, int64_t next, int64_t first, int t
   if (next >= 0) fetch_beginnings(g, next);
   int8_begin(g, t, first, tokens, prepared, sums);
   if (tokens <= kStreamTokens) {  // of few, or the last ones of many
-    const Columns few = {prepared, 4, 4 * g.m}, last = {g.x + first * g.x_stride, g.x_stride, 4};
-    return streams<kStreamTokens>(tokens, g, codes, t, are_few(g) ? few : last, sums);
+    return streams<kStreamTokens>(tokens, g, codes, t, int8_columns(g, first, prepared), sums);
   }
   const int64_t most = tokens < kManyTokens ? kColumns : kManyColumns;
   for (int64_t k = 0; k < g.k; k += most) {

@@ -37,6 +37,8 @@ def inner_loops(listing: str, function: str) -> list[list[str]]:
     [
         ("::tile<6>", r"vpdpbusd %zmm", 24),
         ("::tile<6>", r"{vex} vpdpbusd %ymm", 12),
+        ("::add_parts<1, true>", r"vpmaddubsw %ymm", 8),
+        ("::add_parts<4, true>", r"vpmaddubsw %ymm", 8),
         ("::stream<1, true>", r"vpdpbusd %zmm", 4),
         ("::stream<4, true>", r"vpdpbusd %zmm", 16),
         ("::fp8_tile<3>", r"vdpbf16ps %zmm", 24),
