@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "gemm.h"
+
 namespace quant {
 namespace {
 
@@ -17,12 +19,13 @@ float total(Sum sum) { return _mm512_reduce_add_ps(sum); }
 
 #ifdef QUANT_BF16
 using Operand = uint16_t;
+using Level = Operand;
 using Table = __m512i;
 constexpr int kColumnsAtOnce = 32;
 void dot(Sum& sum, Sum a, Sum b) { asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b)); }
 Words words_at(const uint8_t* words, int) { return _mm512_loadu_si512(words); }
 // The table has every level twice: the fifth bit of an index, another nibble's, does not matter.
-Table table_at(const Operand* levels) {
+Table table_at(const Level* levels, float) {
   return _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(levels)));
 }
 Sum look_up(Words words, int j, Table table) {
@@ -30,6 +33,7 @@ Sum look_up(Words words, int j, Table table) {
 }
 #else
 using Operand = float;
+using Level = Operand;
 using Table = __m512;
 constexpr int kColumnsAtOnce = 16;
 // As an instruction: GCC 12 reads a weight from memory for every token, not once for all.
@@ -37,7 +41,7 @@ void dot(Sum& sum, Sum a, Sum b) { asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v
 Words words_at(const uint8_t* words, int part) {
   return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(words) + part));
 }
-Table table_at(const Operand* levels) { return _mm512_loadu_ps(levels); }
+Table table_at(const Level* levels, float) { return _mm512_loadu_ps(levels); }
 // Of an index the lower four bits count.
 Sum look_up(Words words, int j, Table table) {
   return _mm512_permutexvar_ps(_mm512_srli_epi32(words, 4 * j), table);
@@ -45,11 +49,21 @@ Sum look_up(Words words, int j, Table table) {
 #endif
 Sum operand(const Operand* from) { return _mm512_loadu_ps(from); }
 void store(Operand* to, Sum operands) { _mm512_storeu_ps(to, operands); }
+// Four vectors hold nibbles 0 .. 3 of some words.
+constexpr int column_of(int vector, int lane) {
+  return 32 * (vector % 4) + vector / 4 * kColumnsAtOnce + lane;
+}
+template <class Tables>
+inline void look_up(const uint8_t* words, int four, const Tables& table, Kind, Sum (&found)[4]) {
+  const Words some = words_at(words, four);
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) found[j] = look_up(some, j, table(j));
+}
 
 }  // namespace
 }  // namespace quant
 
-#include "fp8_kernels.h"
+#include "fp8_words.h"
 
 #ifndef QUANT_AMX
 namespace quant {

@@ -6,8 +6,8 @@
 //
 // Codes b = q + 8 lie in rows of eight outputs, codes [N / 8, spans, 8, 64 bytes]: nibble j of
 // 16-bit word w of a span is column 32 j + w. A group has the 16 levels P(-8, t) .. P(7, t), and
-// the nibbles j of a vector's words are looked up in them together. Operands and tokens lie in the
-// order in which they come out: [spans, parts of 32 words, 4 nibbles, lanes].
+// the nibbles of many columns are looked up in them together. Operands and tokens lie in the order
+// in which they come out (column_of): [spans, kFours, 4, lanes].
 // t [N / 8, G, 8]: E4M3 codes for lut, FP32 for exact, nothing for one scale an output. Columns
 // from K to the span's end have q = 0.
 //
@@ -16,9 +16,10 @@
 // a vector each, wait in the L2 cache for the next columns.
 //
 // An instruction set gives, before it includes this file: Operand (float, or uint16_t for BF16),
-// Sum, Words, Table, kColumnsAtOnce, kTileTokens, kTileRows, kStreamSums, zero, operand, store,
-// dot, total, words_at, table_at, look_up. As in int8_kernels.h, nothing here may call a function
-// template of the standard library.
+// Level (what tables of 16 levels are made of), Sum, Table, kColumnsAtOnce, kTileTokens, kTileRows,
+// kStreamSums, zero, operand, store, dot, total, table_at, column_of, look_up; and fp8_stream after
+// it, or fp8_words.h. As in int8_sums.h, nothing here may call a function template of the standard
+// library.
 #include <cstring>
 
 #include "gemm.h"
@@ -28,7 +29,7 @@ namespace {
 
 constexpr int kRows = kFp8Rows;
 constexpr int kRowBytes = kSpan / 2;         // of codes, of a span
-constexpr int kParts = 32 / kColumnsAtOnce;  // vectors of their words
+constexpr int kFours = 32 / kColumnsAtOnce;  // fours of vectors of their operands
 constexpr int kColumns = 6 * kSpan;          // made together: 24 KiB of eight rows in FP32
 constexpr int kMostTokens = 96;              // whose columns and sums stay in the L2 cache
 constexpr int kStreamTokens = 2;             // what belongs to more leaves the L1 cache
@@ -49,31 +50,41 @@ inline const float* values(float) { return kFp8Tables.value; }
 inline const uint16_t* values(uint16_t) { return kFp8Tables.value_bf16; }
 inline const float* levels_of(uint8_t t, float) { return kFp8Tables.levels[t & 127]; }
 inline const uint16_t* levels_of(uint8_t t, uint16_t) { return kFp8Tables.levels_bf16[t & 127]; }
+inline const uint8_t* levels_of(uint8_t t, uint8_t) { return kFp8Tables.level_bytes[t & 127][0]; }
+
+// Columns of a span in the order of operands.
+struct Order {
+  uint8_t of[kSpan] = {};
+
+  constexpr Order() {
+    for (int i = 0; i < kSpan; ++i) {
+      of[i] = static_cast<uint8_t>(column_of(i / kColumnsAtOnce, i % kColumnsAtOnce));
+    }
+  }
+};
+constexpr Order kOrder;
 
 // Prepared tokens: the operands in their order, zero from K to the end of the last span.
 void fp8_prepare(const Gemm& g, int64_t token, uint8_t* prepared) {
   const uint8_t* x = g.x + token * g.x_stride;
   Operand* to = reinterpret_cast<Operand*>(prepared + token * fp8_token_bytes(g));
   const Operand* value = values(Operand());
-  for (int64_t span = 0; span < fp8_columns(g); span += kSpan) {
-    for (int part = 0; part < kParts; ++part) {
-      for (int j = 0; j < 4; ++j, to += kColumnsAtOnce) {
-        const int64_t k = span + 32 * j + part * kColumnsAtOnce;
-        for (int i = 0; i < kColumnsAtOnce; ++i) {
-          to[i] = k + i < g.k ? value[x[k + i]] : Operand();
-        }
-      }
+  for (int64_t span = 0; span < fp8_columns(g); span += kSpan, to += kSpan) {
+    for (int i = 0; i < kSpan; ++i) {
+      const int64_t k = span + kOrder.of[i];
+      to[i] = k < g.k ? value[x[k]] : Operand();
     }
   }
 }
 
-// The levels of a row's span: of[apart j] are those of its nibbles j.
+// The levels of a row's span: of[j] are those of its nibbles j, or of[0] of all.
 struct Levels {
-  const Operand* of[4];
-  int apart;  // 0: all of the span is of one group
-  Operand own[4][16];
+  const Level* of[4];
+  float scale[4];
+  Kind kind;
+  Level own[4][16];
 
-  Table table(int j) const { return table_at(of[apart * j]); }
+  Table table(int j) const { return table_at(of[kind.apart * j], scale[kind.apart * j]); }
 };
 
 // The way from codes to operands; what would have to be divided is divided once.
@@ -92,17 +103,18 @@ class Unpacking {
     return codes_ + (eight * spans_ + span) * kRows * kRowBytes;
   }
 
+  Kind kind() const { return {t_ != nullptr && shift_ < kSpanShift, t_ != nullptr && exact_}; }
+
   void levels(int64_t eight, int64_t span, int row, Levels& found) const {
-    if (t_ == nullptr || shift_ >= kSpanShift) {
-      found.apart = 0;
-      found.of[0] = of_group(eight * groups_ + (span * kSpan >> shift_), row, found.own[0]);
+    found.kind = kind();
+    if (!found.kind.apart) {
+      of_group(eight * groups_ + (span * kSpan >> shift_), row, 0, found);
       return;
     }
-    found.apart = 1;
     for (int j = 0; j < 4; ++j) {
       int64_t group = (span * kSpan + 32 * j) >> shift_;
       if (group >= groups_) group = groups_ - 1;  // beyond K: q = 0, and any levels will do
-      found.of[j] = of_group(eight * groups_ + group, row, found.own[j]);
+      of_group(eight * groups_ + group, row, j, found);
     }
   }
 
@@ -112,37 +124,30 @@ class Unpacking {
   void eight(int64_t eight, int64_t span, Operand* operands, int64_t row, int64_t apart,
              const uint8_t* ahead, const After& after) const {
     const uint8_t* words = codes(eight, span);
-    const auto unpack = [&](int r, const auto& table) __attribute__((always_inline)) {
+    const auto unpack = [&](int r, Kind kind, const auto& table) __attribute__((always_inline)) {
       __builtin_prefetch(ahead + r * kRowBytes);
-      for (int part = 0; part < kParts; ++part) {
-        const Words some = words_at(words + r * kRowBytes, part);
+      for (int four = 0; four < kFours; ++four) {
+        Sum some[4];
+        look_up(words + r * kRowBytes, four, table, kind, some);
 #pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j) {
-          store(operands + r * row + (4 * part + j) * apart, look_up(some, j, table(j)));
-        }
+        for (int i = 0; i < 4; ++i) store(operands + r * row + (4 * four + i) * apart, some[i]);
       }
       after(r);
     };
     if (const uint8_t* t = only_scales(eight, span)) {
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
-        const Table only = table_at(levels_of(t[r], Operand()));
-        unpack(r, [&](int) __attribute__((always_inline)) { return only; });
+        const Table only = table_at(levels_of(t[r], Level()), 1.0f);
+        unpack(r, {}, [&](int) __attribute__((always_inline)) { return only; });
       }
       return;
     }
     for (int r = 0; r < kRows; ++r) {
       Levels found;
       levels(eight, span, r, found);
-      unpack(r, [&](int j) __attribute__((always_inline)) { return found.table(j); });
+      unpack(r, found.kind, [&](int j) __attribute__((always_inline)) { return found.table(j); });
     }
   }
-
- private:
-  static constexpr int kSpanShift = 7;
-  static_assert(kSpan == 1 << kSpanShift, "columns of a span");
-  // Groups of `exact` have FP32 operands, and their own levels.
-  static constexpr bool kInTables = sizeof(Operand) == 2;
 
   // The scales of eight rows where all of the span shares them and a table has their levels.
   const uint8_t* only_scales(int64_t eight, int64_t span) const {
@@ -152,15 +157,31 @@ class Unpacking {
     return static_cast<const uint8_t*>(t_) + (eight * groups_ + (span * kSpan >> shift_)) * kRows;
   }
 
-  // Of one group of one row of eight; `own` is room for those that no table holds.
-  const Operand* of_group(int64_t group, int row, Operand (&own)[16]) const {
-    if (t_ == nullptr) return levels_of(kOne, Operand());
-    if (!exact_ || kInTables) {
-      return levels_of(static_cast<const uint8_t*>(t_)[group * kRows + row], Operand());
+ private:
+  static constexpr int kSpanShift = 7;
+  static_assert(kSpan == 1 << kSpanShift, "columns of a span");
+  // Groups of `exact` have FP32 operands, and their own levels.
+  static constexpr bool kInTables = sizeof(Operand) == 2;
+
+  // Of one group of one row of eight, nibbles j of which are in it.
+  void of_group(int64_t group, int row, int j, Levels& found) const {
+    found.scale[j] = 1.0f;
+    if (t_ == nullptr) {
+      found.of[j] = levels_of(kOne, Level());
+    } else if (!exact_ || kInTables) {
+      found.of[j] = levels_of(static_cast<const uint8_t*>(t_)[group * kRows + row], Level());
+    } else {
+      const float scale = static_cast<const float*>(t_)[group * kRows + row];
+      if (sizeof(Level) < sizeof(Operand)) {
+        found.of[j] = levels_of(kOne, Level());
+        found.scale[j] = scale;
+      } else {
+        for (int q = 0; q < 16; ++q) {
+          found.own[j][q] = static_cast<Level>(static_cast<float>(q - 8) * scale);
+        }
+        found.of[j] = found.own[j];
+      }
     }
-    const float scale = static_cast<const float*>(t_)[group * kRows + row];
-    for (int q = 0; q < 16; ++q) own[q] = static_cast<Operand>(static_cast<float>(q - 8) * scale);
-    return own;
   }
 
   const uint8_t* const codes_;
@@ -170,52 +191,11 @@ class Unpacking {
   const int shift_;
 };
 
-// sums[m, r] = sum_k x[m, k] w[r, k] for eight rows and few tokens.
+// sums[m, r] = sum_k x[m, k] w[r, k] for eight rows and few tokens: fp8_words.h, or the instruction
+// set's own.
 template <int Tokens>
-__attribute__((noinline)) void fp8_stream(const Unpacking& unpacking, int64_t eight, int64_t spans,
-                                          const Operand* x, float* sums) {
-  constexpr int kTogether = Tokens * kRows <= kStreamSums       ? kRows
-                            : Tokens * kRows / 2 <= kStreamSums ? kRows / 2
-                                                                : kRows / 4;
-  const int64_t columns = spans * kSpan;
-  for (int first = 0; first < kRows; first += kTogether) {
-    Sum sum[kTogether][Tokens];
-#pragma GCC unroll 8
-    for (int r = 0; r < kTogether; ++r) {
-#pragma GCC unroll 4
-      for (int m = 0; m < Tokens; ++m) sum[r][m] = zero();
-    }
-    for (int64_t span = 0; span < spans; ++span) {
-      Levels found[kTogether];
-      for (int r = 0; r < kTogether; ++r) unpacking.levels(eight, span, first + r, found[r]);
-      const uint8_t* words = unpacking.codes(eight, span) + first * kRowBytes;
-      const Operand* token = x + span * kSpan;
-      for (int r = 0; r < kTogether; ++r) __builtin_prefetch(words + r * kRowBytes + kAhead);
-      for (int part = 0; part < kParts; ++part) {
-        Words some[kTogether];
-#pragma GCC unroll 8
-        for (int r = 0; r < kTogether; ++r) some[r] = words_at(words + r * kRowBytes, part);
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j, token += kColumnsAtOnce) {
-          Sum tokens[Tokens];
-#pragma GCC unroll 4
-          for (int m = 0; m < Tokens; ++m) tokens[m] = operand(token + m * columns);
-#pragma GCC unroll 8
-          for (int r = 0; r < kTogether; ++r) {
-            const Sum weight = look_up(some[r], j, found[r].table(j));
-#pragma GCC unroll 4
-            for (int m = 0; m < Tokens; ++m) dot(sum[r][m], weight, tokens[m]);
-          }
-        }
-      }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < kTogether; ++r) {
-#pragma GCC unroll 4
-      for (int m = 0; m < Tokens; ++m) sums[m * kBlock + first + r] = total(sum[r][m]);
-    }
-  }
-}
+void fp8_stream(const Unpacking& unpacking, int64_t eight, int64_t spans, const Operand* x,
+                float* sums);
 
 template <int Tokens>
 void fp8_streams(int tokens, const Unpacking& unpacking, int64_t eight, int64_t spans,

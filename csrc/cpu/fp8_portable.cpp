@@ -10,6 +10,7 @@ namespace quant {
 namespace {
 
 using Operand = float;
+using Level = Operand;
 typedef float Sum __attribute__((vector_size(16)));
 constexpr int kColumnsAtOnce = 4;
 constexpr int kTileTokens = 2;
@@ -28,13 +29,23 @@ void dot(Sum& sum, Sum a, Sum b) { sum += a * b; }
 float total(Sum sum) { return (sum[0] + sum[2]) + (sum[1] + sum[3]); }
 void store(Operand* to, Sum operands) { std::memcpy(to, &operands, sizeof operands); }
 Words words_at(const uint8_t* words, int part) { return words + 2 * kColumnsAtOnce * part; }
-Table table_at(const Operand* levels) { return levels; }
+Table table_at(const Level* levels, float) { return levels; }
 Sum look_up(Words words, int j, Table table) {
   Sum operands;
   for (int i = 0; i < kColumnsAtOnce; ++i) {
     operands[i] = table[words[2 * i + j / 2] >> (4 * (j % 2)) & 15];
   }
   return operands;
+}
+// Four vectors hold nibbles 0 .. 3 of some words.
+constexpr int column_of(int vector, int lane) {
+  return 32 * (vector % 4) + vector / 4 * kColumnsAtOnce + lane;
+}
+template <class Tables>
+inline void look_up(const uint8_t* words, int four, const Tables& table, Kind, Sum (&found)[4]) {
+  const Words some = words_at(words, four);
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) found[j] = look_up(some, j, table(j));
 }
 
 float e4m3_value(int code) {
@@ -70,6 +81,8 @@ Fp8Tables make_tables() noexcept {
     for (int q = 0; q < 16; ++q) {
       tables.levels[t][q] = round_e4m3(float(q - 8) * tables.value[t]);
       tables.levels_bf16[t][q] = upper_half(tables.levels[t][q]);
+      tables.level_bytes[t][0][q] = static_cast<uint8_t>(tables.levels_bf16[t][q] >> 8);
+      tables.level_bytes[t][1][q] = static_cast<uint8_t>(tables.levels_bf16[t][q] & 255);
     }
   }
   return tables;
@@ -81,7 +94,7 @@ const Fp8Tables kFp8Tables = make_tables();
 
 }  // namespace quant
 
-#include "fp8_kernels.h"
+#include "fp8_words.h"
 
 namespace quant {
 const Kernels kFp32Portable = fp8_kernels();

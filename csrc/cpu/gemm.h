@@ -77,10 +77,18 @@ extern const Kernels kFp32Avx2, kFp32Avx512, kBf16Avx512, kBf16Amx;
 // The kernels for these numbers on this machine; null where $QUANT_CPU_ISA names what it lacks.
 const Kernels* kernels_for(bool int8, bool exact_in_bf16);
 
-// E4M3's values, and the levels E4M3(q t) of every positive E4M3 scale t, by code; q = -8..7.
+// How the levels of an FP8 weight's span are found.
+struct Kind {
+  bool apart = false;   // in more than one group, so that every nibble of a word has its own table
+  bool scaled = false;  // and multiplied, which instruction sets that have FP32 tables do in them
+};
+
+// E4M3's values, and the levels E4M3(q t) of every positive E4M3 scale t, by code; q = -8..7. Of
+// BF16 levels also all upper bytes, then all lower ones.
 struct Fp8Tables {
   float value[256], levels[128][16];
   uint16_t value_bf16[256], levels_bf16[128][16];
+  uint8_t level_bytes[128][2][16];
 };
 extern const Fp8Tables kFp8Tables;
 
