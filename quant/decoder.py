@@ -197,7 +197,7 @@ def site_outputs(linears: Sequence[Linear], x: Tensor) -> list[Tensor]:
                 quantized[kind] = reference.quantize_activation(tokens, kind)
             y = reference.gemm(*quantized[kind], weight, linear.bias, x.dtype)
         else:
-            y = F.linear(tokens, weight, linear.bias)
+            y = reference.dense_linear(tokens, weight, linear.bias)
         outputs.append(y.unflatten(0, x.shape[:2]))
     return outputs
 
@@ -284,4 +284,4 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., H] -> logits [..., V], in the model's dtype."""
-        return F.linear(hidden, self.lm_head)
+        return reference.dense_linear(hidden, self.lm_head)

@@ -34,7 +34,7 @@ from quant.decoder import Block, Linear
 from quant.runtime.batch import Batch
 from quant.runtime.buffers import Buffers
 from quant.runtime.kv_cache import DenseCache, HeadOptions, Int4Cache
-from quant_kernels import ops
+from quant_kernels import ops, reference
 from quant_kernels.formats import WeightFormat
 from quant_kernels.kv4 import KVFormat
 from quant_kernels.packing import PackedWeight
@@ -69,7 +69,7 @@ class Part:
         """The product into out [T, N]; fused: of `ops.gemm`, for a packed part."""
         if isinstance(self.weight, Tensor):
             assert given.x is not None
-            out.copy_(F.linear(given.x, self.weight, self.bias))
+            out.copy_(reference.dense_linear(given.x, self.weight, self.bias))
         else:
             assert given.quantized is not None
             options = {"bias": self.bias, "workspace": workspace, **fused}

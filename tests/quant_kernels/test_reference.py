@@ -318,6 +318,33 @@ def test_grouped_exact_gemm_does_not_round_its_operand_to_bf16():
     assert torch.equal(found, torch.full((64, 64), 7 * (1 + 2**-7)))
 
 
+@pytest.mark.parametrize("emulated", [False, True])
+@pytest.mark.parametrize("rows_at_once", [3, 1000])
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_dense_product_is_summed_in_fp32_whichever_way_it_goes(
+    monkeypatch, emulated, rows_at_once, biased
+):
+    k, n = 96, 40
+    monkeypatch.setattr(reference, "_bf16_is_emulated", lambda: emulated)
+    monkeypatch.setattr(reference, "WIDE_ELEMENTS", rows_at_once * k)
+    x, weight, bias = (torch.randn(*size).bfloat16() for size in ((2, 33, k), (n, k), (n,)))
+    found = reference.dense_linear(x, weight, bias if biased else None)
+    exact = x.double() @ weight.double().T + (bias.double() if biased else 0)
+    bound = k * U * (x.double().abs() @ weight.double().abs().T) + exact.abs() * 2.0**-8
+    assert found.dtype == torch.bfloat16
+    assert ((found.double() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("worth_it", [False, True])
+def test_int8_matmul_is_the_integer_sum_with_and_without_an_int8_product(monkeypatch, worth_it):
+    if worth_it and not reference._int_mm_is_worth_it():
+        pytest.skip("this CPU's INT8 product is not used")
+    monkeypatch.setattr(reference, "_int_mm_is_worth_it", lambda: worth_it)
+    x = torch.randint(-128, 128, (33, 2056), dtype=torch.int8)
+    w = torch.randint(-128, 128, (40, 2056), dtype=torch.int8)
+    assert torch.equal(reference.int8_matmul(x, w).double(), x.double() @ w.double().T)
+
+
 @pytest.mark.parametrize("isa", ["SSE41", "AVX2", "AVX512_CORE", "DEFAULT"])
 def test_int8_product_is_exact_on_cpus_without_vnni(isa):
     # Without VNNI, oneDNN's kernels saturate the sum of two products at 16 bits.
