@@ -161,25 +161,38 @@ def linear(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
 
     Torch's own product, whose order of summation, and so the last bit, may depend on M.
     """
+    if _is_better_in_fp32(x):
+        return _linear_in_fp32(x, weight, None, out)
     return torch.mm(x, weight.T, out=out)
 
 
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear: x [..., K], weight [N, K], bias [N] -> [..., N], in x's dtype.
 
-    For many tokens in BF16 on a CPU that has no BF16 products, through FP32: also sums in FP32,
-    rounded once, in a seventh of the time.
+    A sum in FP32, rounded once.
     """
-    many = x.numel() >= WIDE_TOKENS * x.shape[-1]
-    if not (many and x.device.type == "cpu" and x.dtype == torch.bfloat16 and _bf16_is_emulated()):
-        return F.linear(x, weight, bias)
-    wide, rows = x.float(), max(1, WIDE_ELEMENTS // weight.shape[1])
-    out = x.new_empty(*x.shape[:-1], len(weight))
+    if _is_better_in_fp32(x):
+        return _linear_in_fp32(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+def _is_better_in_fp32(x: Tensor) -> bool:
+    """Many tokens [..., K] in BF16 on a CPU that has no BF16 products: a seventh of the time."""
+    many = x.dim() > 0 and x.numel() >= WIDE_TOKENS * x.shape[-1]
+    return many and x.device.type == "cpu" and x.dtype == torch.bfloat16 and _bf16_is_emulated()
+
+
+def _linear_in_fp32(
+    x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None
+) -> Tensor:
+    """`dense_linear`, some rows of the weight at a time, for the memory that FP32 takes."""
+    wide, rows = x.float(), max(1, WIDE_ELEMENTS // max(1, weight.shape[1]))
+    if out is None:
+        out = x.new_empty(*x.shape[:-1], len(weight))
     for start in range(0, len(weight), rows):
         part = slice(start, start + rows)
-        out[..., part] = F.linear(
-            wide, weight[part].float(), None if bias is None else bias[part].float()
-        )
+        added = None if bias is None else bias[part].float()
+        out[..., part] = F.linear(wide, weight[part].float(), added)
     return out
 
 

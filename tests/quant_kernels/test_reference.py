@@ -333,6 +333,11 @@ def test_a_dense_product_is_summed_in_fp32_whichever_way_it_goes(
     bound = k * U * (x.double().abs() @ weight.double().abs().T) + exact.abs() * 2.0**-8
     assert found.dtype == torch.bfloat16
     assert ((found.double() - exact).abs() <= bound).all()
+    if not biased:
+        room = torch.full((2, 33, 2 * n), torch.nan, dtype=torch.bfloat16)
+        reference.linear(x.flatten(0, 1), weight, room.flatten(0, 1)[:, :n])
+        assert ((room[..., :n].double() - exact).abs() <= bound).all()
+        assert room[..., n:].isnan().all()
 
 
 @pytest.mark.parametrize("worth_it", [False, True])
