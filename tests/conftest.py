@@ -15,9 +15,11 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 import torch
+from torch import Tensor
 
 from quant.calibration.quantize import quantize
 from quant.report import RunReport
+from quant_kernels import reference
 
 ROOT = Path(__file__).parents[1]
 
@@ -151,6 +153,26 @@ def one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
         torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def real_models_in_fp32_where_bf16_is_emulated(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers' BF16 linears of many tokens go the way of ours on CPUs without BF16 products.
+
+    They too sum in FP32 and round once, in a seventh of the time.
+    """
+    if request.node.get_closest_marker("slow") is None:
+        return
+    original = torch.nn.functional.linear
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        emulated = reference._is_better_in_fp32(x) and not torch.is_grad_enabled()
+        return (reference.dense_linear if emulated else original)(x, weight, bias)
+
+    if reference._bf16_is_emulated():
+        monkeypatch.setattr(torch.nn.functional, "linear", linear)
 
 
 @pytest.fixture(scope="session")
