@@ -229,10 +229,12 @@ def _int_mm_is_worth_it() -> bool:
 
 @functools.cache
 def _bf16_is_emulated() -> bool:
-    """Whether this CPU takes longer for a product in BF16 than for the way through FP32."""
-    x, w = torch.ones(64, 512, dtype=torch.bfloat16), torch.ones(512, 512, dtype=torch.bfloat16)
-    through_fp32 = _seconds(lambda: F.linear(x.float(), w.float()).bfloat16())
-    return _seconds(lambda: F.linear(x, w)) > 2 * through_fp32
+    """Whether oneDNN has no BF16 products for this CPU, and torch a slow way around them.
+
+    Asked, not timed: bits must be the same in every process, such as one that resumes a run.
+    """
+    available = torch.backends.mkldnn.is_available()
+    return available and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _seconds(run: Callable[[], object]) -> float:
