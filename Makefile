@@ -1,6 +1,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 QUANT_CUDA ?= AUTO
+JOBS ?= 2
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -16,13 +17,14 @@ export PATH := $(abspath $(BIN)):$(PATH)
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
-	@echo "PYTHON=$(PYTHON) VENV=$(VENV) QUANT_CUDA=$(QUANT_CUDA) (AUTO, ON or OFF) can be overridden"
+	@echo "PYTHON=$(PYTHON) VENV=$(VENV) QUANT_CUDA=$(QUANT_CUDA) (AUTO, ON or OFF) JOBS=$(JOBS) (of make test)" \
+	  "can be overridden"
 
 demo: $(VENV)/.installed ## quantize a small model and generate with it
 	$(BIN)/quantize demo
 
 test: $(VENV)/.installed-dev ## the tests that need no GPU and finish in minutes
-	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -m "not slow and not gpu" $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.installed-dev ## the tests on a real model, fetched from the package index
 	$(BIN)/python -m pytest -q -m "slow and not gpu" $(PYTEST_ARGS)

@@ -49,16 +49,6 @@ Sum look_up(Words words, int j, Table table) {
 #endif
 Sum operand(const Operand* from) { return _mm512_loadu_ps(from); }
 void store(Operand* to, Sum operands) { _mm512_storeu_ps(to, operands); }
-// Four vectors hold nibbles 0 .. 3 of some words.
-constexpr int column_of(int vector, int lane) {
-  return 32 * (vector % 4) + vector / 4 * kColumnsAtOnce + lane;
-}
-template <class Tables>
-inline void look_up(const uint8_t* words, int four, const Tables& table, Kind, Sum (&found)[4]) {
-  const Words some = words_at(words, four);
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) found[j] = look_up(some, j, table(j));
-}
 
 }  // namespace
 }  // namespace quant

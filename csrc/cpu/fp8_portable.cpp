@@ -37,16 +37,6 @@ Sum look_up(Words words, int j, Table table) {
   }
   return operands;
 }
-// Four vectors hold nibbles 0 .. 3 of some words.
-constexpr int column_of(int vector, int lane) {
-  return 32 * (vector % 4) + vector / 4 * kColumnsAtOnce + lane;
-}
-template <class Tables>
-inline void look_up(const uint8_t* words, int four, const Tables& table, Kind, Sum (&found)[4]) {
-  const Words some = words_at(words, four);
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) found[j] = look_up(some, j, table(j));
-}
 
 float e4m3_value(int code) {
   const int exponent = code >> 3 & 15, mantissa = code & 7;

@@ -1,10 +1,31 @@
-// The FP8 kernel's way for few tokens (fp8_kernels.h) where a vector of words has its nibbles
-// looked up one after the other: each vector of tokens is loaded once for some rows.
+// FP8 kernels (fp8_kernels.h) where a vector of words has its nibbles looked up one after the
+// other. An instruction set also gives, before it includes this file: Words, words_at, and the
+// look_up of one nibble.
+#include "gemm.h"
+
+namespace quant {
+namespace {
+
+// Four vectors hold nibbles 0 .. 3 of some words.
+constexpr int column_of(int vector, int lane) {
+  return 32 * (vector % 4) + vector / 4 * kColumnsAtOnce + lane;
+}
+template <class Tables>
+inline void look_up(const uint8_t* words, int four, const Tables& table, Kind, Sum (&found)[4]) {
+  const Words some = words_at(words, four);
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) found[j] = look_up(some, j, table(j));
+}
+
+}  // namespace
+}  // namespace quant
+
 #include "fp8_kernels.h"
 
 namespace quant {
 namespace {
 
+// Few tokens: each vector of them is loaded once for some rows.
 template <int Tokens>
 __attribute__((noinline)) void fp8_stream(const Unpacking& unpacking, int64_t eight, int64_t spans,
                                           const Operand* x, float* sums) {

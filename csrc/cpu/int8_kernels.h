@@ -254,17 +254,5 @@ void int8_multiply(const Gemm& g, const Blocks& blocks, int64_t first, int token
   }
 }
 
-// Evaluated by the compiler: nothing of this file may run where the machine lacks its instructions.
-constexpr Kernels int8_kernels() noexcept {
-  return {1,
-          1,
-          kRange,
-          int8_most_tokens,
-          int8_token_bytes,
-          int8_scratch_bytes,
-          int8_prepare,
-          int8_multiply};
-}
-
 }  // namespace
 }  // namespace quant

@@ -132,5 +132,22 @@ void int8_begin(const Gemm& g, const uint8_t* t, int64_t first, int tokens, cons
   }
 }
 
+// What int8_kernels.h and int8_parts.h do each in its way.
+int64_t int8_scratch_bytes(const Gemm& g);
+void int8_multiply(const Gemm& g, const Blocks& blocks, int64_t first, int tokens,
+                   const uint8_t* prepared, uint8_t* operands, uint8_t* sums, int64_t apart);
+
+// Evaluated by the compiler: nothing of this file may run where the machine lacks its instructions.
+constexpr Kernels int8_kernels() noexcept {
+  return {1,
+          1,
+          kRange,
+          int8_most_tokens,
+          int8_token_bytes,
+          int8_scratch_bytes,
+          int8_prepare,
+          int8_multiply};
+}
+
 }  // namespace
 }  // namespace quant

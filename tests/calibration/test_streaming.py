@@ -76,7 +76,8 @@ def begin(
     def run(**options: Any) -> Any:
         source = options.pop("source", tiny_checkpoint("llama"))
         output = options.pop("output", tmp_path / "out")
-        return quantize(str(source), output, device="cpu", **{**calibration, **options})
+        options = {"recipe": "gptq", **calibration, **options}
+        return quantize(str(source), output, device="cpu", **options)
 
     return run
 
@@ -313,19 +314,20 @@ def test_space_that_the_unfinished_run_takes_is_not_asked_for_twice(
             self.free = room - sum(files)
 
     source = str(tiny_checkpoint("llama"))
-    asked = plan(source, tmp_path / "out", activation_offload="disk", **calibration).disk_bytes
+    options = {"recipe": DEFAULT_PRESET, "activation_offload": "disk"}
+    asked = plan(source, tmp_path / "out", **options, **calibration).disk_bytes
     monkeypatch.setattr("quant.checkpoint.writer.shutil.disk_usage", Disk)
     room = asked - 1
     with pytest.raises(RequestError, match=r"needs 0\.\d+ GB, but .* GB left"):
-        begin(activation_offload="disk")
+        begin(**options)
     assert not list(tmp_path.iterdir())
     room = asked + 20_000
     with pytest.raises(Stopped):
-        begin(activation_offload="disk", on_progress=Clock(site=6))
+        begin(**options, on_progress=Clock(site=6))
     assert finished_blocks(tmp_path / "out") == 1
     kept = sum(path.stat().st_size for path in (tmp_path / ".out.partial").rglob("*.bin"))
     assert kept > 20_000
-    begin(activation_offload="disk", resume=True)
+    begin(**options, resume=True)
 
 
 @pytest.mark.parametrize("place", ["cpu", "disk"])
@@ -338,8 +340,9 @@ def test_run_takes_the_disk_space_that_the_plan_says(
 
     taken: list[int] = []
     source = str(tiny_checkpoint("llama"))
-    asked = plan(source, tmp_path / "out", activation_offload=place, **calibration).disk_bytes
-    begin(activation_offload=place, on_progress=listen)
+    options = {"recipe": DEFAULT_PRESET, "activation_offload": place}
+    asked = plan(source, tmp_path / "out", **options, **calibration).disk_bytes
+    begin(**options, on_progress=listen)
     # The small files beside the weights, and what rounds a header up, are not in the plan.
     out = (tmp_path / "out").iterdir()
     texts = sum(path.stat().st_size for path in out if path.suffix != ".safetensors")

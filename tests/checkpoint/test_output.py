@@ -77,7 +77,7 @@ def test_failure_while_finishing_can_be_resumed(
 ):
     def request(name, **options):
         options |= {**calibration, "device": "cpu", "max_shard_size": 100_000}
-        quantize(str(tiny_checkpoint("llama")), tmp_path / name, **options)
+        quantize(str(tiny_checkpoint("llama")), tmp_path / name, "gptq", **options)
 
     calls = []
 
@@ -111,7 +111,9 @@ def test_failure_before_the_first_block_leaves_nothing(
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(WorkFailed, match="No space left on device"):
-        quantize(str(tiny_checkpoint("llama")), tmp_path / "out", device="cpu", **calibration)
+        quantize(
+            str(tiny_checkpoint("llama")), tmp_path / "out", "gptq", device="cpu", **calibration
+        )
     assert not snapshot(tmp_path)
 
 
@@ -133,7 +135,7 @@ def test_every_file_is_on_the_disk_before_the_directory_gets_its_name(
     original_fsync, original_rename = os.fsync, os.rename
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "rename", rename)
-    quantize(str(tiny_checkpoint("llama")), tmp_path / "out", device="cpu", **calibration)
+    quantize(str(tiny_checkpoint("llama")), tmp_path / "out", "gptq", device="cpu", **calibration)
     assert missing == [[]]
 
 
@@ -144,7 +146,7 @@ def test_what_a_killed_run_left_does_not_get_into_the_next(
     (left / "checkpoint").mkdir(parents=True)
     (left / "checkpoint" / "shard-00001.tmp").write_bytes(b"half a shard" * 100_000)
     (left / "checkpoint" / "model-00007-of-00009.safetensors").write_bytes(b"rubbish")
-    quantize(str(tiny_checkpoint("llama")), tmp_path / "out", device="cpu", **calibration)
+    quantize(str(tiny_checkpoint("llama")), tmp_path / "out", "gptq", device="cpu", **calibration)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     names = {path.name for path in quantized_case("lut-128").output.iterdir()}
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
