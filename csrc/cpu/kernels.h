@@ -63,6 +63,7 @@ struct OpKernels {
                  uint8_t* scratch);
   // A GEMM's sums to its outputs.
   void (*finish_gemm)(const QuantCpuGemm& call, const BlockSums& part);
+  void (*group_errors)(const QuantCpuGroupErrors& call, int64_t row);
 };
 
 // Those of the instruction set in use (quant_cpu_isa); null where $QUANT_CPU_ISA names what the
@@ -84,6 +85,7 @@ void linear_prepare(const QuantCpuLinear& call, int64_t first, uint8_t* prepared
 void linear(const QuantCpuLinear& call, const LinearPart& part, const uint8_t* prepared,
             uint8_t* scratch);
 void finish_gemm(const QuantCpuGemm& call, const BlockSums& part);
+void group_errors(const QuantCpuGroupErrors& call, int64_t row);
 extern const OpKernels table;
 }  // namespace QUANT_ISA
 #endif

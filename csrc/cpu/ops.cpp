@@ -270,6 +270,22 @@ int quant_cpu_attention(const QuantCpuAttention* call) {
   return quant::attend(*call, *run);
 }
 
+int quant_cpu_group_errors(const QuantCpuGroupErrors* call) {
+  const quant::OpKernels* run = quant::op_kernels();
+  if (run == nullptr) return QUANT_CPU_ISA_UNAVAILABLE;
+  if (call == nullptr) return QUANT_CPU_NULL_POINTER;
+  if (call->rows < 0 || call->columns < 0 || call->groups < 0) return QUANT_CPU_NEGATIVE_SIZE;
+  if (call->rows == 0 || call->groups == 0) return QUANT_CPU_OK;
+  if (call->columns % call->groups != 0) return QUANT_CPU_RAGGED_GROUPS;
+  const void* const needed[] = {call->w, call->h, call->units, call->errors};
+  if (std::find(std::begin(needed), std::end(needed), nullptr) != std::end(needed)) {
+    return QUANT_CPU_NULL_POINTER;
+  }
+  quant::parallel_for(call->rows, quant::threads_for(call->threads, call->rows * call->columns),
+                      [&](int64_t row, int) { run->group_errors(*call, row); });
+  return QUANT_CPU_OK;
+}
+
 int quant_cpu_replay(const QuantCpuCall* calls, int64_t count) {
   if (count < 0) return QUANT_CPU_NEGATIVE_SIZE;
   if (count > 0 && calls == nullptr) return QUANT_CPU_NULL_POINTER;

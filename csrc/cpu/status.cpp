@@ -15,7 +15,8 @@ const char* quant_cpu_error_string(int status) {
     case QUANT_CPU_UNKNOWN_TYPE:
       return "a number type is none of those in quant_cpu.h";
     case QUANT_CPU_RAGGED_GROUPS:
-      return "groups of 32, 64 or 128 must divide k, and k be a multiple of 8";
+      return "groups must divide the columns; in a GEMM they are 32, 64 or 128 wide, and k a "
+             "multiple of 8";
     case QUANT_CPU_NOT_A_PAIR:
       return "silu_mul takes an even n and no residual";
     case QUANT_CPU_OUT_OF_MEMORY:

@@ -11,7 +11,7 @@
 #define QUANT_CPU_API __attribute__((visibility("default")))
 
 // Goes up with every change that an already built caller would notice.
-#define QUANT_CPU_ABI_VERSION 5
+#define QUANT_CPU_ABI_VERSION 6
 
 #ifdef __cplusplus
 extern "C" {
@@ -255,6 +255,27 @@ typedef struct QuantCpuLinear {
 } QuantCpuLinear;
 
 QUANT_CPU_API int quant_cpu_linear(const QuantCpuLinear* call);
+
+// What rounding w [rows, columns] to a grid would lose, by group of columns / groups columns:
+//
+//   errors[n, G] = u^2 sum over k in G of h[k] (w[n, k] / u - nearest)^2,         u = units[n, G]
+//
+// nearest is the nearest integer in -8 .. 7, or, with levels [9], which ascend from 0, the nearest
+// of levels[0 .. 7], their negatives, and -levels[8]. h [columns]; units (positive) and errors
+// [rows, groups]; all dense. groups divides columns. Results do not depend on `threads`.
+typedef struct QuantCpuGroupErrors {
+  const float* w;
+  const float* h;
+  const float* units;
+  const float* levels;
+  float* errors;
+  int64_t rows;
+  int64_t columns;
+  int64_t groups;
+  int64_t threads;
+} QuantCpuGroupErrors;
+
+QUANT_CPU_API int quant_cpu_group_errors(const QuantCpuGroupErrors* call);
 
 // Calls one after the other, as if by their caller: what a decode step does, without what it takes
 // to say it anew. Stops at the first that fails, and returns its status.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from quant_kernels import native
 
-ABI = 5
+ABI = 6
 ISA_UNAVAILABLE = 8  # QuantCpuStatus
 CODES_PER_WORD = 8
 HUGE_PAGE = 2**21

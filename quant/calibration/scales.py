@@ -15,6 +15,7 @@ admissible t of every group.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -23,6 +24,8 @@ from torch import Tensor
 
 from quant.calibration.grid import CELLS_PER_UNIT, E4M3_MANTISSAS, LAST_CELL, cell_tables
 from quant.passes import SCALE_SEARCHES
+from quant_kernels import cpu
+from quant_kernels.cpu_rounding import group_errors
 from quant_kernels.formats import (
     CODE_MAX,
     CODE_MIN,
@@ -33,6 +36,7 @@ from quant_kernels.formats import (
     effective_weight,
     join_scales,
     nearest_codes,
+    round_e4m3,
     round_row_unit,
 )
 
@@ -78,7 +82,7 @@ def _choose(weight: Tensor, importance: Tensor, fmt: WeightFormat, search: bool)
     groups = fmt.groups(weight.shape[1])
     w = weight.reshape(len(weight), groups, -1)  # [N, G, g]
     full = (w.abs().amax(dim=-1) / HALF_RANGE).clamp_min(TINY)  # [N, G], the absmax scales
-    errors = _SquaredErrors(w, importance.view(1, groups, -1))
+    errors = _SquaredErrors(w, importance.view(groups, -1))
     if fmt.anchor is None:
         scales = _search_free(errors, full) if search else full
         one = torch.ones_like(full[:, :1])
@@ -103,25 +107,39 @@ def _choose(weight: Tensor, importance: Tensor, fmt: WeightFormat, search: bool)
 
 
 class _SquaredErrors:
-    """sum h (w - nearest level * unit)^2 by group, for w [N, G, g] and h [1, G, g]."""
+    """sum h (w - nearest level * unit)^2 by group, for w [N, G, g] and h [G, g]."""
 
     def __init__(self, w: Tensor, h: Tensor) -> None:
-        self._w, self._h = w, h
+        self._w, self._h = w.contiguous(), h
+        self._in_one_pass = w.device.type == "cpu" and cpu.usable()
+        if self._in_one_pass:
+            return
         # Memory that is fetched anew from the system for every candidate costs more than the work.
         self._y, self._nearest = torch.empty_like(w), torch.empty_like(w)
         self._cell = torch.empty(w.numel(), dtype=torch.int32, device=w.device)
+        self._tables = cell_tables(w.device)[1]
 
-    def of(self, unit: Tensor, cells: Tensor | None = None) -> Tensor:
-        """For unit [N, G]: [N, G]. Levels are the codes, or one row of `grid.cell_tables`."""
+    def of(self, unit: Tensor, mantissa: float | None = None) -> Tensor:
+        """For unit [N, G]: [N, G]. Levels are the codes q, or E4M3(q mantissa)."""
+        if self._in_one_pass:
+            levels = None if mantissa is None else _product_sizes(mantissa)
+            return group_errors(self._w, self._h, unit, levels)
         y = torch.div(self._w, unit.unsqueeze(-1), out=self._y)
-        if cells is None:
+        if mantissa is None:
             nearest = torch.round(y, out=self._nearest).clamp_(CODE_MIN, CODE_MAX)
         else:
             nearest = torch.mul(y, CELLS_PER_UNIT, out=self._nearest).ceil_()
             nearest.clamp_(-LAST_CELL, LAST_CELL).add_(LAST_CELL)
             self._cell.copy_(nearest.view(-1))
-            torch.index_select(cells, 0, self._cell, out=nearest.view(-1))
+            levels = self._tables[E4M3_MANTISSAS.index(mantissa)]
+            torch.index_select(levels, 0, self._cell, out=nearest.view(-1))
         return (y.sub_(nearest).square_().mul_(self._h)).sum(dim=-1) * unit.square()
+
+
+@functools.cache
+def _product_sizes(mantissa: float) -> Tensor:
+    """E4M3(q mantissa) for q = 0 .. 8, on the CPU."""
+    return round_e4m3(mantissa * torch.arange(1.0 - CODE_MIN))
 
 
 def _search_free(errors: _SquaredErrors, full: Tensor) -> Tensor:
@@ -141,10 +159,10 @@ def _search_groups(
 ) -> tuple[Tensor, Tensor]:
     """Best group scales for the row units c [N, 1]: t [N, G] and the rows' errors [N, 1]."""
     candidates = _candidates(full / c, fmt)
-    anchor_error = errors.of(c * candidates[0].power, candidates[0].cells)
+    anchor_error = errors.of(c * candidates[0].power, candidates[0].mantissa)
     best_t, best_error = candidates[0].t, anchor_error
     for candidate in candidates[1:]:
-        error = errors.of(c * candidate.power, candidate.cells)
+        error = errors.of(c * candidate.power, candidate.mantissa)
         best_t = torch.where(error < best_error, candidate.t, best_t)
         best_error = torch.minimum(error, best_error)
     # One group of every row has to sit at the anchor: the one that loses least by it.
@@ -155,11 +173,11 @@ def _search_groups(
 
 
 class _Candidate(NamedTuple):
-    """Group scales t [N, G] to try: products are power [N, G] times a code, or a level of cells."""
+    """Group scales t [N, G] to try: products are power [N, G] times q, or E4M3(q mantissa)."""
 
     t: Tensor
     power: Tensor
-    cells: Tensor | None = None
+    mantissa: float | None = None
 
 
 def _candidates(ideal: Tensor, fmt: WeightFormat) -> list[_Candidate]:
@@ -171,16 +189,14 @@ def _candidates(ideal: Tensor, fmt: WeightFormat) -> list[_Candidate]:
     if fmt.numerics == "int8":
         every = [torch.full_like(ideal, t) for t in range(int(INT8_ANCHOR), 0, -1)]
         return [_Candidate(t, t) for t in every]
-    _, tables = cell_tables(ideal.device)
     anchor = torch.full_like(ideal, LUT_ANCHOR)
     mantissa = LUT_ANCHOR / 32  # 56 = 1.75 * 2^5
-    cells = tables[E4M3_MANTISSAS.index(mantissa)]
-    candidates = [_Candidate(anchor, anchor / mantissa, cells)]
-    for mantissa, cells in zip(E4M3_MANTISSAS, tables, strict=True):
+    candidates = [_Candidate(anchor, anchor / mantissa, mantissa)]
+    for mantissa in E4M3_MANTISSAS:
         power = torch.exp2(torch.log2(ideal * LARGEST_SHRINK / mantissa).floor())
         largest = 2.0 ** math.floor(math.log2(LUT_ANCHOR / mantissa))
         power = power.clamp(LUT_SCALE_MIN, largest)
-        candidates.append(_Candidate(mantissa * power, power, cells))
+        candidates.append(_Candidate(mantissa * power, power, mantissa))
     return candidates
 
 
