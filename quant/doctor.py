@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 from dataclasses import dataclass
-from typing import Any
 
 from quant import __version__
 from quant.schemes import SCHEMES
@@ -67,11 +67,11 @@ def diagnose() -> Diagnosis:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "not installed"
     libraries = (
-        _library("CPU library", cpu, "decodes INT4 and E4M3, multiplies"),
+        _cpu_library(),
         _cuda_library(),
         _torch_gpu(),
     )
-    no_library = cpu.why_unavailable()
+    no_library = cpu.why_unavailable() or _why_no_isa()
     no_gpu = dispatch.why_no_triton() or _why_no_gpu()
     backends = {
         "reference": None,
@@ -92,9 +92,23 @@ def diagnose() -> Diagnosis:
     return Diagnosis(versions, libraries, schemes, ops)
 
 
-def _library(name: str, module: Any, role: str) -> Check:
-    reason = module.why_unavailable()
-    return Check(name, reason is None, reason or f"loaded ({role})")
+def _cpu_library() -> Check:
+    reason = cpu.why_unavailable() or _why_no_isa()
+    if reason is not None:
+        return Check("CPU library", False, reason)
+    import torch
+
+    threads = torch.get_num_threads()
+    found = f"loaded; uses {cpu.isa()} (of {', '.join(cpu.isas())}) on {threads} threads"
+    return Check("CPU library", True, found)
+
+
+def _why_no_isa() -> str | None:
+    """What is wrong with $QUANT_CPU_ISA, for a library that loads; None where nothing is."""
+    if cpu.isa():
+        return None
+    named = os.environ.get("QUANT_CPU_ISA")
+    return f"QUANT_CPU_ISA={named}: this machine lacks it, and has {', '.join(cpu.isas())}"
 
 
 def _cuda_library() -> Check:

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from quant import cli
+from quant.doctor import diagnose
 from quant_kernels import cpu, dispatch
 
 ROOT = Path(__file__).parents[1]
@@ -272,6 +273,24 @@ def test_doctor_says_what_runs_and_why_not_the_rest(run: Run, tmp_path: Path) ->
     assert {op for op, _ in rows} == set(dispatch.OPS)
     assert rows["gemm_w4a8", "reference"]["missing"] is None
     assert bool(rows["gemm_w4a8", "triton"]["missing"]) != torch.cuda.is_available()
+
+
+def test_doctor_names_the_instruction_set_and_one_that_is_missing(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not cpu.available():
+        pytest.skip("libquant_cpu.so is not built here")
+    details = {check.name: check for check in diagnose().libraries}
+    assert f"uses {cpu.isa()} (of {', '.join(cpu.isas())})" in details["CPU library"].detail
+    # The library reads the variable once in a process.
+    monkeypatch.setenv("QUANT_CPU_ISA", "avx1024")
+    monkeypatch.setattr(cpu, "isa", lambda: "")
+    found = diagnose()
+    library = next(check for check in found.libraries if check.name == "CPU library")
+    assert not library.ok
+    assert library.detail.startswith("QUANT_CPU_ISA=avx1024: this machine lacks it, and has ")
+    missing = {row.missing for row in found.ops if row.backend == "cpu"}
+    assert missing == {library.detail}
 
 
 def test_python_m_quant_is_the_command(tmp_path: Path) -> None:
