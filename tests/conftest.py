@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -12,6 +13,11 @@ from typing import Any
 
 # Triton decides when it is imported whether its kernels are interpreted, as they are in the tests.
 os.environ["TRITON_INTERPRET"] = "1"
+
+# A shell without job control lets what it runs in the background ignore Ctrl-C, and processes
+# inherit that; some tests send it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import torch
