@@ -63,6 +63,7 @@ struct OpKernels {
                  uint8_t* scratch);
   // A GEMM's sums to its outputs.
   void (*finish_gemm)(const QuantCpuGemm& call, const BlockSums& part);
+  // One row.
   void (*group_errors)(const QuantCpuGroupErrors& call, int64_t row);
 };
 

@@ -1,7 +1,7 @@
 // What rounding to a grid loses, group by group: the inner loop of the search for scales.
 //
-//   errors[n, G] = u^2 sum over k in G of h[k] (y - nearest(y))^2,   y = w[n, k] / u,  u = units[n,
-//   G]
+//   errors[n, G] = u^2 sum over k in G of h[k] (y - nearest(y))^2
+//   y = w[n, k] / u,  u = units[n, G]
 //
 // nearest(y) is an integer in -8 .. 7, or +-levels[i], i in 0 .. 7, or -levels[8]: E4M3(q m) of one
 // mantissa m. Distances there are found without a search and without codes: |y| less the step from
